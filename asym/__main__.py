@@ -1,0 +1,128 @@
+"""The command line: `python -m asym run` executes a study, `python -m asym score` scores responses.
+
+Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from asym.params import Params, ParamsError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. What is finished is kept: repeat the same command to resume.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing into nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    from asym.study import NotebookError, run_study  # here, so that `score` starts fast
+
+    try:
+        run_study(args.params, args.only, dict(args.set))
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from asym.tasks import get_task
+
+    try:
+        task = get_task(args.task)
+    except ValueError as error:
+        raise ParamsError(f"--task {args.task}: {error}") from None
+    broken = False
+    for row in score_lines(task, sys.stdin.buffer):
+        broken |= "error" in row
+        print(json.dumps(row))
+    return int(broken)
+
+
+def score_lines(task: Any, lines: Iterable[bytes]) -> Iterator[dict]:
+    """One dict per line that is not blank: the scores, or {"line": number from 1, "error": what is wrong with it}."""
+    from asym.scoring import score
+
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+            if not isinstance(row, dict) or not {"ground_truth", "completion"} <= row.keys():
+                raise ValueError('must be an object with "ground_truth" and "completion"')
+            if not isinstance(row["completion"], str):
+                raise ValueError('"completion" must be a string')
+            problem = task.problem(row["ground_truth"])
+        except RecursionError:
+            yield {"line": number, "error": "nested too deeply"}
+        except ValueError as error:
+            yield {"line": number, "error": str(error)}
+        else:
+            yield asdict(score(task, problem, row["completion"]))
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must be key=value")
+    return key.strip(), value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
+    commands = parser.add_subparsers(required=True, metavar="{run,score}")
+
+    run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
+    run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
+    run.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names start so, such as 03 04")
+    run.add_argument(
+        "--set", nargs="+", action="extend", type=_assignment, default=[], metavar="key=value",
+        help="replace parameters of the file; values as in YAML, such as lambdas=[0.1,0.5]",
+    )  # fmt: skip
+    run.set_defaults(command=_run)
+
+    score = commands.add_parser("score", help="score responses", description=_SCORE, formatter_class=_Verbatim)
+    score.add_argument("--task", required=True, help="sudoku or graph_coloring")
+    score.set_defaults(command=_score)
+    return parser
+
+
+_Verbatim = argparse.RawDescriptionHelpFormatter
+_RUN = """\
+Execute the notebooks in order with the parameters of a file and write results/<study>/.
+Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
+_SCORE = """\
+Score responses from standard input, one JSON object per line:
+
+  {"ground_truth": ..., "completion": "the response's text"}
+
+ground_truth is the published column, as JSON or as JSON text. sudoku: the rows of the puzzle, 0 for a blank;
+graph_coloring: {"v": vertices, "c": colours, "edges": [[0, 1], ...]}.
+
+Prints one JSON object per line read: a (answer correct), a_p (perception exact), a_p_graded (perception in part),
+a_own (answer solves the problem as the response states it), each 0 to 1, and parse_failure (the reason, or "").
+A broken line gives {"line": its number, "error": the reason}; the rest is still scored, the exit code is 1."""
+
+
+def _keys() -> str:
+    rows = [(f"{key}={json.dumps(field.default)}", field.description) for key, field in Params.model_fields.items()]
+    return "parameters and their defaults:\n" + "\n".join(f"  {left:<40} {right}" for left, right in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The base: a small VLM with a strong language side and a weaker eye, made in the two stages of a real one.
+
+Language: puzzles given in words; the response restates the puzzle as JSON, deduces, and answers. Vision: clean drawings
+of scenes that cannot be guessed, to be transcribed; puzzles in words stay in the mix, so that they are not forgotten.
+Both tasks share one base. It has never seen the response format of the study, nor a drawing as hard as the study's:
+that is what post-training adds. This models how a real VLM enters post-training; it is a model, not the thing.
+"""
+
+import itertools
+
+import pandas as pd
+from datasets import Dataset, Image, concatenate_datasets
+
+from asym import models
+from asym.balance import TokenAveraged
+from asym.data import drawing_of, problems, stream, task_of
+from asym.decode import complete
+from asym.params import Params
+from asym.runs import Run, repo_root
+from asym.scoring import score
+from asym.sft import fit, threads
+from asym.tasks import Drawing
+from asym.transcript import compose
+
+TRANSCRIBE = "Transcribe the image."
+TEXT_SHARE = 0.5  # of the vision stage that stays text
+
+
+def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
+    """Puzzles in words with responses of three lines: the puzzle as JSON, the deduction, the answer."""
+    task, rows = task_of(p, name), []
+    for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
+        rng = stream(seed, f"{name}/train_base", index, "words")
+        reasoning, answer = task.explain(problem, rng, p.verbosity, p.variation)
+        response = "\n".join((task.transcribe(problem), reasoning, answer))
+        rows.append({"query": task.describe(problem, rng), "response": response})
+    return Dataset.from_list(rows)
+
+
+def scenes(p: Params, name: str, seed: int) -> Dataset:
+    """Clean drawings of random scenes with their transcription."""
+    task, clean, rows = task_of(p, name), Drawing.at(0.0, p.image_size), []
+    for index, scene in enumerate(itertools.islice(problems(task, "train_base", seed, scenes=True), p.n_train_base)):
+        rng = stream(seed, f"{name}/train_base", index, "scene")
+        rows.append({"query": TRANSCRIBE, "response": task.transcribe(scene), "image": task.draw(scene, clean, rng)})
+    return Dataset.from_list(rows).cast_column("image", Image())
+
+
+def train_base(p: Params, seed: int) -> Run:
+    """The finished run of the base's vision stage, both stages trained now if they have not been."""
+    keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
+    keys += ("verbosity", "variation", "n_train_base", "hidden_size", "layers", "heads", "vision_hidden_size")
+    keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")
+    config = {key: getattr(p, key) for key in keys} | {"seed": seed}
+    language = Run.open(repo_root(), "base-language", config)
+    vision_keys = ("vision_steps", "vision_lr", "vision_batch")
+    vision = Run.open(repo_root(), "base", config | {key: getattr(p, key) for key in vision_keys})
+    full_training = p.model_copy(update={"lora_rank": 0})
+    if vision.done:
+        return vision
+    words = concatenate_datasets([puzzles_in_words(p, name, seed) for name in p.tasks])
+    if not language.done:
+        prompts = [task_of(p, name).prompt(problem, style) for name, problem, style in _prompt_styles(p, seed)]
+        processor = models.build_processor([*words["query"], *words["response"], *prompts, TRANSCRIBE], p)
+        model = models.build_model(processor, p, seed)
+        schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
+        fit(language, "base: language", model, processor, words, TokenAveraged(), full_training, seed=seed, **schedule)
+        language.finish()
+    model, processor = models.load(language.checkpoint)
+    drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
+    share = round(len(drawings) * TEXT_SHARE / (1 - TEXT_SHARE))
+    kept = words.shuffle(seed=seed).select(range(min(share, len(words))))
+    mixed = concatenate_datasets([drawings, kept])
+    schedule = {"steps": p.vision_steps, "lr": p.vision_lr, "batch": p.vision_batch}
+    fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), full_training, seed=seed, **schedule)
+    vision.finish()
+    return vision
+
+
+def _prompt_styles(p: Params, seed: int):
+    return [
+        (name, next(problems(task_of(p, name), "train_base", seed)), style)
+        for name in p.tasks
+        for style in ("brief", "full")
+    ]
+
+
+def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
+    """How good the base is at what it was trained for, on the validation problems: the study's regime is read off here.
+
+    Returns:
+        One row per response: task, family, stage, arm, seed, mode, problem_id, ground_truth, completion, a, a_p,
+        a_p_graded. `mode` is transcribe_clean or transcribe_study (drawings; a_p counts) or puzzle_in_words (a counts).
+    """
+    task, modes, rows = task_of(p, name), ("transcribe_clean", "transcribe_study", "puzzle_in_words"), []
+    chosen = list(itertools.islice(problems(task, "validation", 0), p.n_validation))
+    drawings = dict(zip(modes, (Drawing.at(0.0, p.image_size), drawing_of(p, name)), strict=False))
+    model, processor = models.load(base.checkpoint)
+    for mode in modes:
+        rng = stream(0, f"{name}/validation", 0, mode)
+        if mode in drawings:
+            queries = [TRANSCRIBE] * len(chosen)
+            images = [task.draw(problem, drawings[mode], rng) for problem in chosen]
+        else:
+            queries, images = [task.describe(problem, rng) for problem in chosen], [None] * len(chosen)
+        limits = {"max_new_tokens": p.max_new_tokens, "batch": p.eval_batch, "label": f"base {name} {mode}"}
+        with threads(p.threads):
+            completions = complete(model, processor, queries, images, **limits)
+        for index, (problem, text) in enumerate(zip(chosen, completions, strict=True)):
+            lines = [text, "", task.answer(problem)] if mode in drawings else [*text.split("\n"), "", "", ""][:3]
+            scores = score(task, problem, compose(*lines))
+            row = {"mode": mode, "problem_id": f"{name}/validation/{index}", "ground_truth": task.ground_truth(problem)}
+            row |= {"completion": text, "a": scores.a, "a_p": scores.a_p, "a_p_graded": scores.a_p_graded}
+            rows.append(row)
+    about = {"task": name, "family": p.family, "stage": "base", "arm": "base", "seed": p.seeds[0]}
+    return pd.DataFrame(rows).assign(**about)[[*about, *rows[0]]]

@@ -1,0 +1,228 @@
+"""The claims table: each claim of the paper that the study tests, our estimate of it, and a verdict by rule.
+
+A claim is stated as an estimate that should exceed a threshold, 0 unless said otherwise. **Verdict**: *reproduced* if
+the whole 95 % interval lies above the threshold, *not reproduced* if it lies wholly below, else *inconclusive*. A claim
+whose arms were not run is inconclusive with n = 0. Accuracies, gains and shares are in points (0..100), correlations
+are r.
+
+"The best of several arms" is always chosen out of fold: for each fifth of the problems, the arm with the highest mean a
+on the other four fifths. Choosing and comparing on the same problems would favour the best by its luck.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from asym import stats
+from asym.coupling import counterfactual_reading, coupling_gap
+from asym.stats import UNTESTED, Estimate, difference_of_gains, paired_difference
+
+COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "paper", "verdict"]
+PAPER = {
+    "C2": "1.3 % of the loss < 2.5 % of the tokens",
+    "C2 far below half": "2.5 % of the tokens",
+    "C3": "up to +13.8",
+    "C4": "up to +18.2",
+    "C7": "0.65–1.00 vs 0.34–0.43",
+    "C7 beyond the null": "not given",
+    "C8": "up to +6.0",
+    "C9": "up to +3.2",
+}  # "yes" for the others: stated without a figure
+SURROGATES = ("self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence")
+CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
+MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
+QUARTER = 25.0  # points: a share below one half by more than this is "far below"
+
+Part = tuple[str, Estimate, float]  # claim, estimate, threshold
+
+
+def verdict(low: float, high: float, threshold: float = 0.0) -> str:
+    """The rule above; a nan interval is inconclusive."""
+    if low > threshold:
+        return "reproduced"
+    return "not reproduced" if high < threshold else "inconclusive"
+
+
+def best_of(rows: pd.DataFrame, arms: list[str], name: str, folds: int = 5) -> pd.DataFrame:
+    """Rows of an arm `name` that takes each fold of problems from whichever of `arms` has the best a outside it."""
+    candidates = rows[rows.arm.isin(arms)]
+    fold = pd.factorize(candidates.problem_id, sort=True)[0] % folds
+    chosen = [candidates.iloc[:0]]
+    for k in np.unique(fold):
+        outside = stats.select(candidates[fold != k], "a").groupby("arm").value.mean()
+        best = outside.idxmax() if len(outside) else arms[0]  # one problem alone leaves nothing to choose by
+        chosen.append(candidates[(fold == k) & (candidates.arm == best)])
+    return pd.concat(chosen).assign(arm=name)
+
+
+def best_against(rows: pd.DataFrame, arms: list[str], others: list[str], resamples: int) -> Estimate:
+    """a of the best of `arms` − a of the best of `others`, in points, paired; `UNTESTED` where either list is empty."""
+    both = pd.concat([best_of(rows, arms, "best"), best_of(rows, others, "other")])
+    return paired_difference(both, "best", "other", "a", resamples)
+
+
+def mixtures(rows: pd.DataFrame, prefix: str) -> list[str]:
+    """The arms `<prefix><weight>` in ascending order of weight."""
+    arms = [arm for arm in rows.arm.unique() if arm.startswith(prefix)]
+    return sorted(arms, key=lambda arm: float(arm.removeprefix(prefix)))
+
+
+# ---- supervised fine-tuning ------------------------------------------------------------------------------------------
+
+
+def c1(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Token-averaged SFT gains more in a_r than in a_p."""
+    yield "C1", difference_of_gains(sft_rows, "token_averaged", "base", resamples=resamples), 0.0
+
+
+def c2(imbalance: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """On the way of token-averaged SFT, perception's share of the loss < its share of the tokens ≪ ½.
+
+    Over all batches of the base and of the token-averaged arm; batches are resampled as problems are elsewhere.
+    """
+    batches = imbalance[imbalance.arm.isin(["base", "token_averaged"])].rename(columns={"batch": "problem_id"})
+    batches = batches.assign(lag=batches.token_share - batches.loss_share, below=0.5 - batches.token_share)
+    yield "C2", stats.accuracy(batches, "lag", resamples=resamples), 0.0
+    yield "C2 far below half", stats.accuracy(batches, "below", resamples=resamples), QUARTER
+
+
+def c3(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """The best fixed λ beats token-averaged SFT in a."""
+    yield "C3", best_against(sft_rows, mixtures(sft_rows, "lambda_"), ["token_averaged"], resamples), 0.0
+
+
+def c4(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """NGDiff beats token-averaged SFT in a, and falls behind the best fixed λ by less than `MARGIN`."""
+    yield "C4", paired_difference(sft_rows, "ngdiff", "token_averaged", "a", resamples), 0.0
+    yield "C4 not worse", best_against(sft_rows, ["ngdiff"], mixtures(sft_rows, "lambda_"), resamples), -MARGIN
+
+
+def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Along fixed λ, a is best at neither end; from the lowest to the highest, a_p rises and a_r falls."""
+    arms = mixtures(sft_rows, "lambda_")
+    yield "C5 interior", best_against(sft_rows, arms[1:-1], arms[:1] + arms[-1:], resamples), 0.0
+    rises = falls = UNTESTED
+    if len(arms) > 1:
+        rises = paired_difference(sft_rows, arms[-1], arms[0], "a_p", resamples)
+        falls = paired_difference(sft_rows, arms[0], arms[-1], "a_r", resamples)
+    yield "C5 a_p rises", rises, 0.0
+    yield "C5 a_r falls", falls, 0.0
+
+
+# ---- reinforcement learning ------------------------------------------------------------------------------------------
+
+
+def c6(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Outcome-only GRPO gains more in a_r than in a_p."""
+    yield "C6", difference_of_gains(rl_rows, "outcome", "start", resamples=resamples), 0.0
+
+
+def c7(rollouts: pd.DataFrame, counterfactual: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """On the start's rollouts, the outcome follows reasoning (counterfactual reading) more than perception.
+
+    Pooled; the second part takes off what the null model predicts from the base rates.
+    """
+    gap, beyond = coupling_gap(counterfactual_reading(rollouts[rollouts.arm == "start"], counterfactual), resamples)
+    yield "C7", gap, 0.0
+    yield "C7 beyond the null", beyond, 0.0
+
+
+def c8(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """The best α > 0 beats outcome-only (α = 0) in a, and a is best neither at α = 0 nor at the highest α."""
+    arms = mixtures(rl_rows, "alpha_")
+    yield "C8", best_against(rl_rows, arms, ["outcome"], resamples), 0.0
+    yield "C8 interior", best_against(rl_rows, arms[:-1], ["outcome", *arms[-1:]], resamples), 0.0
+
+
+def c9(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """The best label-free surrogate beats outcome-only in a."""
+    arms = [arm for arm in SURROGATES if arm in set(rl_rows.arm)]
+    yield "C9", best_against(rl_rows, arms, ["outcome"], resamples), 0.0
+
+
+def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """The higher a surrogate's pooled r with exact a_p, the larger its gain in a over outcome-only (Spearman's ρ).
+
+    Outcome-only is the same for all of them and drops out of the ranks. The interval resamples test problems, so it
+    says nothing of other surrogates; n counts surrogates. With fewer than four it is nan.
+    """
+    pooled = screening[(screening.perception == "a_p") & (screening.scope == "pooled")]
+    scores = pooled.set_index("surrogate").r.dropna()
+    arms = [arm for arm in (*SURROGATES, CONTROL) if arm in scores and arm in set(rl_rows.arm)]
+    if len(arms) < 2:
+        yield "C10", UNTESTED, 0.0
+        return
+    a = stats.select(rl_rows[rl_rows.arm.isin(arms)], "a")
+    a = a.pivot_table(index=["problem_id", "seed"], columns="arm", values="value")[arms].dropna()
+    totals = stats.cells(a.to_numpy(), a.index.get_level_values(0), a.index.get_level_values(1))
+    predicted = scipy.stats.rankdata(scores[arms])
+
+    def spearman(sums):  # (..., arms) -> (...); nan where all gains are equal
+        gained = scipy.stats.rankdata(sums, axis=-1)
+        centred = gained - gained.mean(-1, keepdims=True)
+        return centred @ predicted / (len(arms) * gained.std(-1) * predicted.std())
+
+    rho = replace(stats.bootstrap(totals, spearman, resamples), n=len(arms))
+    yield "C10", rho if len(arms) >= 4 else replace(rho, low=np.nan, high=np.nan), 0.0
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    (c1, "sft_rows"),
+    (c2, "imbalance"),
+    (c3, "sft_rows"),
+    (c4, "sft_rows"),
+    (c5, "sft_rows"),
+    (c6, "rl_rows"),
+    (c7, "rollouts", "counterfactual"),
+    (c8, "rl_rows"),
+    (c9, "rl_rows"),
+    (c10, "rl_rows", "screening"),
+)
+
+
+def claims(
+    sft_rows: pd.DataFrame | None = None,
+    rl_rows: pd.DataFrame | None = None,
+    imbalance: pd.DataFrame | None = None,
+    rollouts: pd.DataFrame | None = None,
+    counterfactual: pd.DataFrame | None = None,
+    screening: pd.DataFrame | None = None,
+    resamples: int = 1000,
+) -> pd.DataFrame:
+    """One line per claim × task × family, in `COLUMNS`; claims that need a table that is None are left out.
+
+    `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff; `rl_rows` start, outcome, alpha_… and surrogates;
+    `rollouts` and `counterfactual` those of the arm start; `imbalance` and `screening` are the tables of those names.
+    """
+    given = {"sft_rows": sft_rows, "rl_rows": rl_rows, "imbalance": imbalance}
+    given |= {"rollouts": rollouts, "counterfactual": counterfactual, "screening": screening}
+    parts = {name: dict(iter(t.groupby(["task", "family"]))) for name, t in given.items() if t is not None}
+    records = []
+    for test, *needed in CLAIMS:
+        if not set(needed) <= set(parts):
+            continue
+        for task, family in set.intersection(*(set(parts[name]) for name in needed)):
+            for claim, estimate, threshold in test(*(parts[name][task, family] for name in needed), resamples):
+                line = {"claim": claim, "task": task, "family": family, **asdict(estimate)}
+                ruling = verdict(estimate.low, estimate.high, threshold)
+                records.append(line | {"paper": PAPER.get(claim, "yes"), "verdict": ruling})
+    return _sorted(pd.DataFrame(records, columns=COLUMNS))
+
+
+def merge_claims(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """`old` with the lines of `new` in place of those of the same claim × task × family, by number of claim."""
+    if old is None:
+        return _sorted(new)
+    keys = ["claim", "task", "family"]
+    kept = old[~old.set_index(keys).index.isin(new.set_index(keys).index)]
+    return _sorted(pd.DataFrame([*kept.to_dict("records"), *new.to_dict("records")], columns=COLUMNS))
+
+
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    number = table.claim.str.extract(r"^[A-Z](\d+)", expand=False).astype(float)
+    return table.assign(number=number).sort_values(["number", "claim", "task", "family"], ignore_index=True)[COLUMNS]

@@ -1,0 +1,103 @@
+"""Reward coupling: how closely the outcome follows perception and reasoning, and a surrogate perception.
+
+Two readings of a rollout's reasoning:
+- *own*: its answer solves the problem that it states itself (a_own).
+- *counterfactual*: its answer had it been given the true problem text. A rollout that transcribed the problem exactly
+  was given just that, so its own outcome counts; for any other, the outcome of the counterfactual rollout with the same
+  problem and index does. (Two independent draws would correlate through the difficulty of problems alone.)
+
+*Rollouts* are rows as everywhere (task, family, arm, seed, problem_id, rollout, a, a_p, a_p_graded, a_own), several per
+problem: a prompt group.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+
+from asym import stats
+
+SCOPES: dict[str, Callable] = {"pooled": stats.correlation, "within_group": stats.within_group_correlation}
+KEYS = ["task", "family", "arm", "seed", "problem_id", "rollout"]
+
+
+def counterfactual_reading(rollouts: pd.DataFrame, counterfactual: pd.DataFrame) -> pd.DataFrame:
+    """`rollouts` with a partner of the same problem and index in `counterfactual`, and a 0/1 column `reasoning`.
+
+    Raises pandas' MergeError if a rollout occurs twice in either.
+    """
+    partner = counterfactual[KEYS].assign(given=counterfactual.a)
+    paired = rollouts.merge(partner, on=KEYS, validate="one_to_one")
+    return paired.assign(reasoning=np.where(paired.a_p == 1, paired.a, paired.given))
+
+
+def readings(rollouts: pd.DataFrame, counterfactual: pd.DataFrame | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, rollouts with a column `reasoning`) for each reading the data allow."""
+    yield "own", rollouts.assign(reasoning=rollouts.a_own)
+    if counterfactual is not None:
+        yield "counterfactual", counterfactual_reading(rollouts, counterfactual)
+
+
+def coupling_table(
+    rollouts: pd.DataFrame, counterfactual: pd.DataFrame | None = None, resamples: int = 1000
+) -> pd.DataFrame:
+    """corr(outcome, perception) and corr(outcome, reasoning) beside the base rates and the null model's prediction.
+
+    Columns: task, family, arm, reading (own, counterfactual), scope (pooled, within_group), pair (outcome~perception,
+    outcome~reasoning), r, low, high, n (problems), seeds, p and q (rates of perception and reasoning, 0..1), null. The
+    null supposes all problems equally hard, in both scopes: differences between problems are part of what remains.
+    """
+    records = []
+    for reading, frame in readings(rollouts, counterfactual):
+        for (task, family, arm), group in frame.groupby(["task", "family", "arm"]):
+            part = {"task": task, "family": family, "arm": arm, "reading": reading}
+            p, q = group.a_p.mean(), group.reasoning.mean()
+            null_p, null_r = stats.null_correlations(p, q)
+            halves = (("perception", group.a_p, null_p), ("reasoning", group.reasoning, null_r))
+            for scope, correlate in SCOPES.items():
+                for half, success, null in halves:
+                    r = correlate(group.a, success, group.problem_id, group.seed, resamples)
+                    line = {"scope": scope, "pair": f"outcome~{half}", **asdict(r), "p": p, "q": q, "null": float(null)}
+                    records.append(part | line)
+    return pd.DataFrame(records).rename(columns={"estimate": "r"}).round(6)
+
+
+def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Estimate, stats.Estimate]:
+    """corr(a, reasoning) − corr(a, a_p), pooled over rollouts with a column `reasoning`, and the same less the null's.
+
+    The null's difference is taken from the base rates of the same resample, so its uncertainty is in the interval.
+    """
+
+    def gap(sums):
+        r = stats.correlation_matrix(sums)
+        return r[..., 0, 2] - r[..., 0, 1]
+
+    def beyond_null(sums):
+        rates = sums[..., 0, 1:] / sums[..., :1, 0]
+        perception, reasoning = stats.null_correlations(rates[..., 1], rates[..., 2])
+        return gap(sums) - (reasoning - perception)
+
+    totals = stats.cells(stats.moments(paired.a, paired.a_p, paired.reasoning), paired.problem_id, paired.seed)
+    return stats.bootstrap(totals, gap, resamples), stats.bootstrap(totals, beyond_null, resamples)
+
+
+def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
+    """How well each surrogate follows true perception on the rollouts of one checkpoint, before any RL.
+
+    `rewards` names the surrogates' columns (a prefix "reward_" is dropped). One line per task × family × perception
+    (a_p: exact, a_p_graded) × scope (pooled, within_group) × surrogate, with r, low, high, n (problems), seeds and
+    rank: 1 is the highest r, nan where r is.
+    """
+    records = []
+    for (task, family), group in rollouts.groupby(["task", "family"]):
+        for perception in ("a_p", "a_p_graded"):
+            for scope, correlate in SCOPES.items():
+                for surrogate in rewards:
+                    r = correlate(group[surrogate], group[perception], group.problem_id, group.seed, resamples)
+                    line = {"task": task, "family": family, "surrogate": surrogate.removeprefix("reward_")}
+                    records.append(line | {"perception": perception, "scope": scope, **asdict(r)})
+    table = pd.DataFrame(records).rename(columns={"estimate": "r"})
+    block = ["task", "family", "perception", "scope"]
+    table["rank"] = table.groupby(block).r.rank(ascending=False, method="min")
+    return table.sort_values([*block, "rank", "surrogate"], ignore_index=True)

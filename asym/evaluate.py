@@ -1,0 +1,88 @@
+"""a, a_p, a_r: one row per response, with problem and text, so that anyone can score it again."""
+
+from dataclasses import asdict
+
+import pandas as pd
+
+from asym import models
+from asym.data import load_split, task_of
+from asym.decode import complete
+from asym.params import Params
+from asym.runs import Run, repo_root, write_parquet
+from asym.scoring import score
+from asym.sft import threads
+from asym.transcript import prefill
+
+MODES = ("end_to_end", "counterfactual")  # the image alone; the image, and the response begun with the true p*
+
+
+def measure(
+    p: Params,
+    trained: Run,
+    task: str,
+    stage: str,
+    arm: str,
+    seed: int,
+    *,
+    split: str = "test",
+    rollouts: int = 1,
+) -> pd.DataFrame:
+    """Responses of a trained run to a split and all their scores, from the run's cache where they exist.
+
+    Args:
+        split: `test` to report; `validation` to choose; `train_rl` (its first `n_coupling` problems) to study rewards.
+        rollouts: per problem and mode; 1 decodes greedily, more are sampled at `rl_temperature`.
+
+    Returns:
+        Columns task, family, stage, arm, seed, mode, problem_id, rollout, ground_truth, completion, a, a_p, a_p_graded,
+        a_own, parse_failure, n_tokens. a_r is the mean of `a` where mode is "counterfactual".
+    """
+    keys = (f"n_{split}", "n_coupling", "max_new_tokens", "eval_batch", "rl_temperature", "image_size", "prompt_style")
+    config = {key: getattr(p, key) for key in (*keys, f"difficulty_{task}")} | {
+        "trained": trained.folder.name,
+        "task": task,
+        "split": split,
+        "rollouts": rollouts,
+    }
+    run = Run.open(repo_root(), f"rows-{task}-{arm}", config)
+    path = run.folder / "rows.parquet"
+    if not run.done:
+        with threads(p.threads):
+            write_parquet(path, _responses(p, trained, task, seed, split, rollouts))
+        run.finish()
+    about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
+    return pd.read_parquet(path).assign(**about)[[*about, *COLUMNS]]
+
+
+COLUMNS = ["mode", "problem_id", "rollout", "ground_truth", "completion"]
+COLUMNS += ["a", "a_p", "a_p_graded", "a_own", "parse_failure", "n_tokens"]
+
+
+def _responses(p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int) -> pd.DataFrame:
+    model, processor = models.load(trained.checkpoint)
+    task, data = task_of(p, name), load_split(p, name, split, seed)
+    if split == "train_rl":
+        data = data.select(range(min(p.n_coupling, len(data))))
+    order = [index for index in range(len(data)) for _ in range(rollouts)]
+    queries, images, perceptions = data["query"][:], data["image"][:], data["perception"][:]
+    rows = []
+    for mode in MODES:
+        starts = [prefill(perceptions[i]) if mode == "counterfactual" else "" for i in order]
+        completions = complete(
+            model,
+            processor,
+            [queries[i] for i in order],
+            [images[i] for i in order],
+            starts,
+            max_new_tokens=p.max_new_tokens,
+            batch=p.eval_batch,
+            temperature=p.rl_temperature if rollouts > 1 else 0.0,
+            seed=seed,
+            label=f"{name} {mode.replace('_', '-')}",
+        )
+        for k, (i, completion) in enumerate(zip(order, completions, strict=True)):
+            row = {"mode": mode, "rollout": k % rollouts, "completion": completion}
+            row |= {column: data[column][i] for column in ("problem_id", "ground_truth")}
+            row["n_tokens"] = len(processor.tokenizer(completion)["input_ids"])
+            rows.append(row | asdict(score(task, task.problem(row["ground_truth"]), completion)))
+    return pd.DataFrame(rows)[COLUMNS]

@@ -1,0 +1,358 @@
+"""The study's figures: a DataFrame in, a matplotlib Figure out, and `save`.
+
+Perception is always orange and reasoning blue (seaborn's colour-blind palette), end-to-end accuracy dark grey; arms are
+told apart by place and label, never by these colours. Whiskers are the 95 % intervals of the table, bands the spread
+over seeds. A table holds one model family. Call `style()` once before drawing.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+
+PERCEPTION, REASONING = (sns.color_palette("colorblind")[i] for i in (1, 0))
+END_TO_END, QUIET, SURROGATE = "#444444", "#8c8c8c", sns.color_palette("colorblind")[2]
+BARS = {"a_p": ("perception", PERCEPTION), "a_r": ("reasoning", REASONING), "a": ("end to end", END_TO_END)}
+TASKS = {"sudoku": "Sudoku", "graph_coloring": "Graph Coloring"}
+ARMS = {  # in the order they are drawn; the mixtures lambda_… and alpha_… follow the arm before them here
+    "base": "base",
+    "start": "start",
+    "token_averaged": "token-averaged",
+    "outcome": "outcome only",
+    "ngdiff": "NGDiff",
+    "self_blindfold": "self-blindfold",
+    "solver_blindfold": "solver-blindfold",
+    "validity": "validity",
+    "group_agreement": "group agreement",
+    "image_dependence": "image dependence",
+    "answer_consistency": "answer consistency",
+}
+GREEK = {"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")}
+
+
+def style() -> None:
+    """Fonts that stay legible at half size, and few lines."""
+    lean = {"axes.spines.right": False, "axes.spines.top": False, "figure.labelsize": 18}
+    sns.set_theme(context="talk", style="ticks", rc=lean)
+
+
+def save(fig: Figure, stem: str | Path) -> None:
+    """Writes `stem`.svg and `stem`.png (150 dpi), each in one move, with the same bytes for the same figure."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        partial = f"{stem}.partial.{suffix}"
+        with plt.rc_context({"svg.hashsalt": "asym"}):
+            fig.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
+        os.replace(partial, f"{stem}.{suffix}")
+
+
+def display(arm: str) -> str:
+    """An arm's name for readers: "lambda_0.5" -> "λ = 0.5"; unknown names only lose their underscores."""
+    for prefix, (symbol, _) in GREEK.items():
+        if arm.startswith(prefix):
+            return f"{symbol} = {arm.removeprefix(prefix)}"
+    return ARMS.get(arm, arm.replace("_", " "))
+
+
+def ordered(arms) -> list[str]:
+    """Arms in the order they are drawn: as in `ARMS`, mixtures by weight, unknown ones last by name."""
+    place = list(ARMS)
+
+    def key(arm):
+        for prefix, (_, before) in GREEK.items():
+            if arm.startswith(prefix):
+                return place.index(before) + 0.5, float(arm.removeprefix(prefix)), arm
+        return place.index(arm) if arm in place else len(place), 0.0, arm
+
+    return sorted(set(arms), key=key)
+
+
+# ---- bars ------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_bars(table: pd.DataFrame) -> Figure:
+    """a_p, a_r and a per arm, one panel per task, from the table of `stats.measures` (points)."""
+    fig = _bars(table, "Accuracy", "accuracy (points)")
+    fig.axes[0].set_ylim(0, 105)
+    return fig
+
+
+def gain_bars(table: pd.DataFrame, baseline: str) -> Figure:
+    """Gains over `baseline` in a_p, a_r and a per arm, one panel per task, from the table of `stats.gains` (points)."""
+    return _bars(table, f"Gain over {display(baseline)}", "gain (points)")
+
+
+def _bars(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
+    arms = ordered(table.arm)
+    fig, axes = _panels(_tasks(table), [""], max(8, 1.5 * len(arms) + 1.5), 4.2, sharex=True, sharey=True)
+    for (task, _), ax in axes.items():
+        for offset, (measure, (label, color)) in zip((-0.27, 0, 0.27), BARS.items(), strict=True):
+            part = table[(table.task == task) & (table.measure == measure)].set_index("arm").reindex(arms)
+            place = np.arange(len(arms)) + offset
+            ax.bar(place, part.estimate, 0.25, color=color, label=label)
+            ax.vlines(place, part.low, part.high, color="white", lw=4)  # a rim, to be seen on the dark bars
+            ax.vlines(place, part.low, part.high, color="black", lw=2)
+        names = [display(arm).replace(" = ", "\u00a0=\u00a0").replace(" ", "\n").replace("-", "-\n") for arm in arms]
+        ax.set_xticks(range(len(arms)), names)
+        ax.tick_params(labelbottom=True)
+        ax.axhline(0, color="black", lw=1)
+        ax.set(title=TASKS.get(task, task), ylabel=ylabel)
+    fig.suptitle(f"{title} ({_count(table.n.max(), 'problem')}, {_count(table.seeds.max(), 'seed')})")
+    fig.legend(*ax.get_legend_handles_labels(), ncols=3, frameon=False, loc="outside lower center")
+    return fig
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def training_curves(metrics: pd.DataFrame) -> Figure:
+    """Loss of either segment (nats per token, log scale) against the step: a row per arm, a column per task."""
+    lines = {
+        "loss_perception": ("perception", PERCEPTION, "-"),
+        "loss_reasoning": ("reasoning", REASONING, "-"),
+    }
+    return _curves(metrics, lines, "Loss of perception and reasoning tokens in training", "nats per token", log=True)
+
+
+def reward_curves(metrics: pd.DataFrame) -> Figure:
+    """Mean of every logged reward against the step: a row per arm, a column per task."""
+    lines = {
+        "reward_outcome": ("outcome", END_TO_END, "-"),
+        "reward_perception": ("perception", PERCEPTION, "-"),
+        "reward_perception_graded": ("perception, graded", PERCEPTION, "--"),
+        "reward_format": ("format", QUIET, ":"),
+    }
+    surrogates = [column for column in metrics if column.startswith("reward_") and column not in lines]
+    lines |= {column: (display(column.removeprefix("reward_")), SURROGATE, "-.") for column in surrogates}
+    return _curves(metrics, lines, "Rewards during GRPO", "mean reward")
+
+
+def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bool = False) -> Figure:
+    """`lines`: column -> (label, colour, dash); the mean over seeds, and a band from the lowest to the highest."""
+    fig, axes = _panels(ordered(metrics.arm), _tasks(metrics), 7, 3.4, sharex=True, sharey=True)
+    ends = {}
+    for (arm, task), ax in axes.items():
+        ends[ax] = _lines(ax, metrics[(metrics.arm == arm) & (metrics.task == task)], lines)
+        if log:  # set after drawing: on a log axis seaborn would take the geometric mean
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
+    fig.suptitle(f"{title} ({_count(metrics.seed.nunique(), 'seed')})")
+    fig.supxlabel("step")
+    fig.supylabel(ylabel)
+    return _name(fig, ends)
+
+
+def lambda_path(metrics: pd.DataFrame) -> Figure:
+    """λ_t, gradient norms of both segments and their cosine against the step, a column per task.
+
+    Only steps at which gradient norms were taken are shown: those of NGDiff.
+    """
+    metrics = metrics.dropna(subset="grad_norm_perception")
+    rows = {
+        "λ": {"lambda": ("λ", END_TO_END, "-")},
+        "gradient norm": {
+            "grad_norm_perception": ("perception", PERCEPTION, "-"),
+            "grad_norm_reasoning": ("reasoning", REASONING, "-"),
+        },
+        "cosine": {"grad_cosine": ("cosine", END_TO_END, "-")},
+    }
+    tasks = _tasks(metrics)
+    fig, axes = _panels(list(rows), tasks, 7, 3.2, sharex=True, sharey="row")
+    ends = {}
+    for (row, task), ax in axes.items():
+        drawn = _lines(ax, metrics[metrics.task == task], rows[row])
+        ends[ax] = drawn if len(drawn) > 1 else []
+        ax.set_ylabel(row if task == tasks[0] else "")
+    for task in tasks:
+        axes["λ", task].set(title=TASKS.get(task, task), ylim=(0, 1))
+        axes["cosine", task].axhline(0, color=QUIET, lw=1)
+    fig.suptitle(f"NGDiff: λ and the two gradients ({_count(metrics.seed.nunique(), 'seed')})")
+    fig.supxlabel("step")
+    return _name(fig, ends)
+
+
+def shares(imbalance: pd.DataFrame) -> Figure:
+    """Perception's share of tokens, loss and gradient norm (%): a row per arm, a column per task.
+
+    Against the step, with a band of one standard deviation over batches and seeds; an arm measured at one step only has
+    a dot per batch and a line at their mean.
+    """
+    kinds = {"token_share": ("tokens", "-"), "loss_share": ("loss", "--"), "gradient_share": ("gradient", ":")}
+    lines = {column: (label, PERCEPTION, dash) for column, (label, dash) in kinds.items()}
+    percent = imbalance.assign(**{column: 100 * imbalance[column] for column in kinds})
+    fig, axes = _panels(ordered(imbalance.arm), _tasks(imbalance), 7, 3.6, sharey=True)
+    ends = {}
+    for (arm, task), ax in axes.items():
+        part = percent[(percent.arm == arm) & (percent.task == task)]
+        if part.step.nunique() > 1:
+            ends[ax] = _lines(ax, part, lines, "sd")
+            ax.set_xlabel("step")
+        else:
+            for place, column in enumerate(kinds):
+                ax.scatter(place + np.linspace(-0.2, 0.2, len(part)), part[column], color=PERCEPTION, s=25, alpha=0.5)
+                ax.hlines(part[column].mean(), place - 0.3, place + 0.3, color=PERCEPTION, lw=4)
+            ax.set_xticks(range(len(kinds)), [label for label, _ in kinds.values()])
+        ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
+    ax.set_ylim(0, 1.05 * percent[list(kinds)].max().max())
+    fig.suptitle("Perception's share of tokens, loss and gradient norm")
+    fig.supylabel("share (%)")
+    return _name(fig, ends)
+
+
+def _lines(ax: Axes, table: pd.DataFrame, lines: dict, errorbar=("pi", 100)) -> list[tuple]:
+    """Draws each line over `step` and returns where it ends: (x, y, label, colour)."""
+    marker = "o" if table.step.nunique() < 8 else None
+    ends = []
+    for column, (label, color, dash) in lines.items():
+        part = table.dropna(subset=column) if column in table else table.iloc[:0]
+        if len(part):
+            sns.lineplot(part, x="step", y=column, ax=ax, color=color, ls=dash, errorbar=errorbar, marker=marker)
+            last = part.step.max()
+            ends.append((last, part[part.step == last][column].mean(), label, color))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set(xlabel="", ylabel="")
+    return ends
+
+
+def _name(fig: Figure, ends: dict[Axes, list[tuple]]) -> Figure:
+    """Writes each line's name at its end, moved up where it would cover another's; needs the final limits."""
+    fig.draw_without_rendering()
+    for ax, lines in ends.items():
+        free = -np.inf  # points; below it there are names already
+        for x, y, label, color in sorted(lines, key=lambda line: line[1]):
+            height = ax.transData.transform((x, y))[1] * 72 / fig.dpi
+            offset = (8, max(free - height, 0))
+            ax.annotate(label, (x, y), offset, textcoords="offset points", color=color, va="center", size=14)
+            free = height + offset[1] + 17
+    return fig
+
+
+# ---- correlations and claims -----------------------------------------------------------------------------------------
+
+
+def coupling_vs_null(coupling: pd.DataFrame) -> Figure:
+    """corr(outcome, perception) and corr(outcome, reasoning): measured (dot, interval) and null (diamond).
+
+    One panel per task, one line per arm, reading and scope of the table of `coupling.coupling_table`.
+    """
+    several = coupling.arm.nunique() > 1
+    lines = list(coupling.groupby(["arm", "reading", "scope"]).groups)
+    lines.sort(key=lambda line: (ordered(coupling.arm).index(line[0]), line[1:]))
+    fig, axes = _panels([""], _tasks(coupling), 7, 1.1 * len(lines) + 2.2, sharex=True, sharey=True)
+    for (_, task), ax in axes.items():
+        for place, (arm, reading, scope) in enumerate(lines):
+            part = coupling[(coupling.task == task) & (coupling.arm == arm)]
+            part = part[(part.reading == reading) & (part.scope == scope)].set_index("pair")
+            for half, color, shift in (("perception", PERCEPTION, -0.15), ("reasoning", REASONING, 0.15)):
+                if (pair := f"outcome~{half}") in part.index:
+                    row = part.loc[pair]
+                    ax.hlines(place + shift, row.low, row.high, color=color, lw=3)
+                    ax.plot(row.r, place + shift, "o", color=color, ms=11)
+                    ax.plot(row.null, place + shift, "D", mfc="white", mec=color, mew=2, ms=9)
+        names = [f"{reading}\n{scope.replace('_', ' ')}" for _, reading, scope in lines]
+        if several:
+            names = [f"{display(arm)}, {name}" for (arm, *_), name in zip(lines, names, strict=True)]
+        ax.set_yticks(range(len(lines)), names)
+        ax.set(title=TASKS.get(task, task), xlabel="correlation r", ylim=(len(lines) - 0.5, -0.5))
+    fig.suptitle(f"What the outcome follows, beside the null model ({_count(coupling.n.max(), 'problem')})")
+    keys = [
+        Line2D([], [], color=PERCEPTION, marker="o", lw=3, label="outcome ~ perception"),
+        Line2D([], [], color=REASONING, marker="o", lw=3, label="outcome ~ reasoning"),
+        Line2D([], [], color="black", marker="D", mfc="white", mew=2, lw=0, label="null model"),
+    ]
+    fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
+    return fig
+
+
+VERDICTS = {"reproduced": ("o", "black"), "inconclusive": ("s", QUIET), "not reproduced": ("X", "#b2182b")}
+CLAIMS = {
+    "C1": "SFT: gain in a_r − gain in a_p",
+    "C2": "share of tokens − share of loss",
+    "C2 far below half": "½ − share of tokens",
+    "C3": "best λ − token-averaged",
+    "C4": "NGDiff − token-averaged",
+    "C4 not worse": "NGDiff − best λ",
+    "C5 a_p rises": "a_p, highest λ − lowest",
+    "C5 a_r falls": "a_r, lowest λ − highest",
+    "C5 interior": "best inner λ − best end",
+    "C6": "GRPO: gain in a_r − gain in a_p",
+    "C7": "r with reasoning − with perception",
+    "C7 beyond the null": "the same, less the null's",
+    "C8": "best α − outcome only",
+    "C8 interior": "best inner α − best end",
+    "C9": "best surrogate − outcome only",
+    "C10": "ρ of screening and gain",
+}
+
+
+def claims_forest(claims: pd.DataFrame) -> Figure:
+    """Every claim's estimate and interval, marked by verdict: a column per task, correlations below the others."""
+    correlation = claims.claim.str.match("C7|C10")
+    units = {"points": claims[~correlation], "r": claims[correlation]}
+    units = {unit: part for unit, part in units.items() if len(part)}
+    names = {unit: list(dict.fromkeys(part.claim)) for unit, part in units.items()}
+    tasks, lines = _tasks(claims), [len(claim) + 2 for claim in names.values()]
+    height = 0.5 * sum(lines) / len(lines)
+    grid = {"height_ratios": lines}
+    fig, axes = _panels(list(units), tasks, 6.5, height, sharex="row", sharey="row", gridspec_kw=grid)
+    for (unit, task), ax in axes.items():
+        ax.axvline(0, color="black", lw=1)
+        for row in units[unit][units[unit].task == task].itertuples():
+            place = names[unit].index(row.claim)
+            if np.isnan(row.estimate):
+                ax.annotate(" not run", (0, place), va="center", color=QUIET, size=14)
+                continue
+            marker, color = VERDICTS[row.verdict]
+            ax.hlines(place, row.low, row.high, color=color, lw=3)
+            ax.plot(row.estimate, place, marker, color=color, ms=11)
+        ax.set_yticks(range(len(names[unit])), [f"{c.split()[0]}  {CLAIMS.get(c, c)}" for c in names[unit]])
+        ax.set(xlabel=unit, ylim=(len(names[unit]) - 0.5, -0.5))
+    for task in tasks:
+        axes[next(iter(units)), task].set_title(TASKS.get(task, task))
+    keys = [Line2D([], [], color=color, marker=mark, lw=3, label=word) for word, (mark, color) in VERDICTS.items()]
+    fig.suptitle(f"Claims and verdicts ({_count(claims.seeds.max(), 'seed')})")
+    fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
+    return fig
+
+
+def samples(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
+    """Images with their titles, at most four to a row."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        ax.imshow(image, interpolation="nearest")
+        ax.set_title(title, size=16)
+    return fig
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _panels(rows: list[str], columns: list[str], width: float, height: float, **share) -> tuple[Figure, dict]:
+    """A figure of rows × columns panels of that size in inches, and its axes by (row, column)."""
+    size = (width * len(columns), height * len(rows) + 0.8)
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained", **share)
+    return fig, {(row, column): axes[i, j] for i, row in enumerate(rows) for j, column in enumerate(columns)}
+
+
+def _tasks(table: pd.DataFrame) -> list[str]:
+    return sorted(table.task.unique(), reverse=True)  # Sudoku, then Graph Coloring
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:.0f} {noun}{'' if number == 1 else 's'}"

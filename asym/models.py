@@ -1,0 +1,189 @@
+"""Small vision-language models of the real architecture, made from parameters; saved and loaded as any checkpoint.
+
+Nothing here is a stand-in: the model is a `Qwen3VLForConditionalGeneration` and its processor a `Qwen3VLProcessor`,
+with a byte-level BPE tokenizer of their own. `AutoModelForImageTextToText` and `AutoProcessor` load what `save` wrote.
+"""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from asym.params import Params
+from asym.transcript import TAGS
+
+disable_progress_bar()  # small checkpoints load in moments; long work has the study's own bar
+
+PAD, END = "<|endoftext|>", "<|im_end|>"
+IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+SPECIAL = (PAD, "<|im_start|>", END, *IMAGE_TOKENS)
+MERGE = 2  # 2×2 patches become one image token
+VOCABULARY = 1024  # an upper bound; the texts of a study need about half of it
+
+# A word takes its separator with it (", 3" or " row" is one token): responses stay short, and nothing is lost.
+_WORDS = r""", "?[\w-]+"?|"[\w-]+"|\], \[|\[+|\]+| ?\w+| ?[^\w\s]|\s+"""
+
+# Qwen's chat format, reduced to what is used: images before text, no system prompt.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|> {{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|> assistant
+{% endif -%}"""
+
+
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose merges come from `texts`; it loses nothing on any other text either."""
+    tokenizer = Tokenizer(BPE())
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(itertools.chain(texts, [" user assistant"]), trainer)
+    # The tags are ordinary text to the decoder (not special), but always one token each.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=["<|im_start|>", *IMAGE_TOKENS],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(texts: Iterable[str], p: Params) -> ProcessorMixin:
+    """The processor of a small model: every image becomes (image_size / patch_size / MERGE)² tokens."""
+    pixels = {"shortest_edge": p.image_size**2, "longest_edge": p.image_size**2}
+    patches = {"patch_size": p.patch_size, "merge_size": MERGE, "temporal_patch_size": 2, "size": pixels}
+    normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**patches, **normalisation),
+        tokenizer=build_tokenizer(texts),
+        video_processor=Qwen3VLVideoProcessor(**patches, **normalisation),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(processor: ProcessorMixin, p: Params, seed: int) -> PreTrainedModel:
+    """A Qwen3-VL with random weights at the study's size; every width ratio is that of the released models."""
+    token = processor.tokenizer.convert_tokens_to_ids
+    head_dim = p.hidden_size // p.heads
+    rotary = head_dim // 2
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": p.hidden_size,
+        "intermediate_size": 3 * p.hidden_size,
+        "num_hidden_layers": p.layers,
+        "num_attention_heads": p.heads,
+        "num_key_value_heads": p.heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.02,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": [rotary - 2 * (rotary // 3), rotary // 3, rotary // 3],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": p.vision_layers,
+        "hidden_size": p.vision_hidden_size,
+        "intermediate_size": 3 * p.vision_hidden_size,
+        "num_heads": p.heads,
+        "patch_size": p.patch_size,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": p.hidden_size,
+        "num_position_embeddings": (p.image_size // p.patch_size) ** 2,
+        "deepstack_visual_indexes": [p.vision_layers // 2],
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
+    return model
+
+
+def save(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Write model (an adapter, if it is a PeftModel) and processor to a folder."""
+    model.save_pretrained(folder, safe_serialization=True)
+    processor.save_pretrained(folder)
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A checkpoint and its processor; an adapter comes merged into the model it was trained on."""
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForImageTextToText.from_pretrained(folder), processor
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(), processor
+
+
+def lora(p: Params) -> LoraConfig | None:
+    """LoRA on every linear layer, language and vision alike; None when all weights train."""
+    if not p.lora_rank:
+        return None
+    return LoraConfig(r=p.lora_rank, lora_alpha=2 * p.lora_rank, target_modules="all-linear")
+
+
+def chat(processor: ProcessorMixin, query: str, image: bool) -> str:
+    """The text of a prompt with its chat frame, up to where the response begins."""
+    parts = [{"type": "image"}] * image + [{"type": "text", "text": query}]
+    return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+
+
+def image_token_ids(processor: ProcessorMixin) -> list[int]:
+    """Tokens a policy must not write: an image token without an image is an error in the forward pass."""
+    return processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))

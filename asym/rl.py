@@ -1,0 +1,143 @@
+"""Reinforcement learning: TRL's GRPO from an SFT checkpoint, with a reward that may also pay for seeing.
+
+Stated choices, the same for every arm: on-policy (one update per batch of rollouts), advantages normalised within the
+prompt group, token-level loss over the batch ("dapo"), clipping at 0.2 (which an on-policy step never reaches), and the
+temperature, KL weight and group size of the parameters.
+"""
+
+import shutil
+from collections.abc import Callable
+from math import nan
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from asym import models, sft
+from asym.data import load_split, task_of
+from asym.models import image_token_ids
+from asym.params import Params
+from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
+from asym.runs import Run, repo_root, write_csv, write_parquet
+from asym.sft import ProgressCallback, threads
+from asym.tasks import Task
+
+SAVE_EVERY = 5  # steps; a step is long
+REWARDS = (*LABELLED, *SURROGATES)
+
+
+class RolloutTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer`, with every rollout and all its rewards kept in `<output_dir>/../rollouts/<step>.parquet`."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        table = pd.DataFrame(
+            {
+                "step": self.state.global_step,
+                "problem_id": [row["problem_id"] for row in inputs],
+                "rollout": [index % self.num_generations for index in range(len(inputs))],
+                "ground_truth": [row["ground_truth"] for row in inputs],
+                "completion": [messages[0]["content"] for messages in self._logs["completion"]],
+                **{name: list(values) for name, values in self._logs["rewards"].items()},
+                "advantage": list(self._logs["advantages"]),
+            }
+        )
+        write_parquet(self.rollouts / f"{self.state.global_step:05d}.parquet", table)
+        return output
+
+
+def _as_trl(reward: Reward, task: Task) -> Callable[..., list[float]]:
+    """A reward in TRL's calling convention; TRL logs it under the function's name."""
+
+    def function(completions, ground_truth, **_):
+        problems = [task.problem(row) for row in ground_truth]
+        return reward(task, problems, [messages[0]["content"] for messages in completions])
+
+    function.__name__ = reward.__name__
+    return function
+
+
+def arms(p: Params) -> list[str]:
+    """The RL arms of a study."""
+    return ["outcome", *(f"alpha_{value:g}" for value in p.alphas), *p.surrogates]
+
+
+def train_start(p: Params, base: Run, task: str, seed: int) -> Run:
+    """The SFT checkpoint that every RL arm of a task starts from."""
+    return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
+
+
+def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
+    """The finished run of one RL arm on one task from the checkpoint of `start`, trained now if it has not been.
+
+    The run holds the checkpoint, `metrics.csv` (rewards, entropy, lengths by step) and `rollouts.parquet`.
+    """
+    keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
+    weights = weights_of(arm, p.surrogate_alpha)
+    config = {key: getattr(p, key) for key in (*keys, "lora_rank", "prompt_style", f"difficulty_{task}")}
+    config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
+    run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
+    if run.done:
+        return run
+    model, processor = models.load(start.checkpoint)
+    arguments = GRPOConfig(
+        output_dir=str(run.folder / "trainer"),
+        max_steps=p.rl_steps,
+        learning_rate=p.rl_lr,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=p.rl_prompts * p.rl_group,
+        num_generations=p.rl_group,
+        max_completion_length=p.max_new_tokens,
+        temperature=p.rl_temperature,
+        beta=p.rl_beta,
+        loss_type="dapo",
+        epsilon=0.2,
+        scale_rewards="group",
+        reward_weights=[weights.get(reward.__name__, 0.0) for reward in REWARDS],
+        generation_kwargs={"suppress_tokens": image_token_ids(processor)},
+        logging_steps=1,
+        save_steps=SAVE_EVERY,
+        save_total_limit=1,
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RolloutTrainer(
+        model=model,
+        args=arguments,
+        reward_funcs=[_as_trl(reward, task_of(p, task)) for reward in REWARDS],
+        train_dataset=_prompts(load_split(p, task, "train_rl", seed)),
+        processing_class=processor,
+        peft_config=models.lora(p),
+        callbacks=[ProgressCallback(f"RL {task} {arm}")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.rollouts = run.folder / "rollouts"
+    torch.manual_seed(seed)
+    with threads(p.threads):
+        trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
+    models.save(trainer.model, processor, run.checkpoint)
+    names = {f"rewards/{reward.__name__}/mean": f"reward_{reward.__name__}" for reward in REWARDS}
+    names |= {"reward": "reward", "entropy": "entropy", "completions/mean_length": "mean_length", "kl": "kl"}
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    columns = [{"step": entry["step"]} | {new: entry.get(old, nan) for old, new in names.items()} for entry in log]
+    write_csv(run.folder / "metrics.csv", pd.DataFrame(columns))
+    steps = sorted(trainer.rollouts.glob("*.parquet"))
+    write_parquet(run.folder / "rollouts.parquet", pd.concat(map(pd.read_parquet, steps), ignore_index=True))
+    shutil.rmtree(trainer.rollouts)
+    shutil.rmtree(run.folder / "trainer")
+    run.finish()
+    return run
+
+
+def _prompts(data: Dataset) -> Dataset:
+    """The split as GRPO reads it: conversational prompts beside the image and what the rewards need."""
+    prompts = [[{"role": "user", "content": query}] for query in data["query"]]
+    kept = data.select_columns(["problem_id", "image", "ground_truth"])
+    return kept.add_column("prompt", prompts)

@@ -1,0 +1,209 @@
+"""Run folders, results folders, manifests, atomic writes and progress: all that touches the disk, whatever is run.
+
+    run = Run.open(repo_root(), "sft-sudoku", config)      # runs/sft-sudoku-<hash of config>/
+    if not run.done:
+        train(resume_from=run.last_trainer_checkpoint(), save_to=run.checkpoint)
+        run.finish()
+
+A file is either there completely or not at all, and DONE is the last one written: a finished run is reused, a
+half-finished one resumes. Left out: locks. Two processes must not work on one run folder at the same time.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from asym.params import ParamsError, digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "scipy", "pandas")
+
+
+def repo_root() -> Path:
+    """The repository's folder, whatever the current one: papermill runs in the caller's, nbval in the notebook's."""
+    return Path(__file__).resolve().parents[1]
+
+
+def results_dir(study: str, root: Path | None = None) -> Path:
+    """The folder results/<study>, made if new, under the repository root.
+
+    Raises ParamsError if it holds another study, or files that no manifest accounts for.
+    """
+    folder = (root or repo_root()) / "results" / study
+    path = folder / "manifest.json"
+    owner = read_manifest(folder).get("study")
+    if owner is None and folder.exists() and any(folder.iterdir()):
+        raise ParamsError(f"{folder}: study = {study!r}: must be a new or empty folder, or one with its manifest.json")
+    if owner is None:
+        write_json(path, {"study": study, "complete": False})
+    elif owner != study:
+        raise ParamsError(f"{path}: study = {owner!r}: must be {study!r}; move the folder or rename the study")
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, {} if there is none (or none that can be read)."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One piece of work with its folder, named by the hash of everything that determines its outcome."""
+
+    folder: Path
+    config: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, root: Path, name: str, config: dict[str, Any]) -> "Run":
+        """The run <root>/runs/<name>-<digest of config>, made if new. `config` must be plain JSON values."""
+        run = cls(root / "runs" / f"{name}-{digest(config)}", config)
+        write_json(run.folder / "config.json", config)
+        return run
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").exists()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the trained model is saved."""
+        return self.folder / "checkpoint"
+
+    def last_trainer_checkpoint(self) -> Path | None:
+        """The newest trainer/checkpoint-<step> that is complete: the trainer writes trainer_state.json last."""
+        complete = [path.parent for path in self.folder.glob("trainer/checkpoint-*/trainer_state.json")]
+        complete = [folder for folder in complete if folder.name.removeprefix("checkpoint-").isdigit()]
+        return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+    def metrics(self, **about: Any) -> "pd.DataFrame":
+        """What training logged, one row per logged step, with the columns of `about` in front."""
+        import pandas as pd
+
+        table = pd.read_csv(self.folder / "metrics.csv").assign(**about)
+        return table[[*about, *table.columns.difference(about, sort=False)]]
+
+    def finish(self, **manifest_extra: Any) -> None:
+        """Write the manifest, with the wall time since `open` and the hash of every file kept, then DONE."""
+        kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        kept = [path for path in kept if path.relative_to(self.folder).parts[0] not in ("trainer", "manifest.json")]
+        about = manifest(self.config, time.monotonic() - self.started, kept, self.folder)
+        write_json(self.folder / "manifest.json", about | manifest_extra)
+        write_text(self.folder / "DONE", "")
+
+
+def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root: Path | None = None) -> dict[str, Any]:
+    """What is needed to repeat a result and to know it again: parameters, code, versions, machine, file hashes, time.
+
+    File names are relative to `root` (default: the repository). The revision ends in -dirty if anything but results/
+    differs from it.
+    """
+    import torch  # here, because it takes seconds
+
+    root = root or repo_root()
+    return {
+        "params": params,
+        "digest": digest(params),
+        "revision": _revision(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "files": {path.relative_to(root).as_posix(): _sha256(path) for path in files},
+        "seconds": round(seconds, 1),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _revision() -> str:
+    """The commit checked out here, with -dirty if code differs; "unknown" outside git."""
+    git = ["git", "-C", str(repo_root())]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--", ".", ":(exclude)results"]
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + "-dirty" * bool(dirty)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` in one step once it is completely on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
+    with _replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def write_parquet(path: Path, table: "pd.DataFrame") -> None:
+    with _replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+class _FileBar(tqdm):
+    """A bar that appends its state to the file ASYM_PROGRESS as a JSON line where others draw themselves."""
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        rate = self.format_dict["rate"] or self.n / max(self.format_dict["elapsed"], 1e-9)
+        eta = round((self.total - self.n) / rate, 1) if rate else None
+        state = {"label": self.desc, "done": self.n, "total": self.total, "eta": eta}
+        with suppress(OSError), open(os.environ["ASYM_PROGRESS"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(state) + "\n")
+
+
+def progress(label: str, total: int) -> tqdm:
+    """A context manager with `.update(n=1)`: a bar with the time left, drawn at most once a second.
+
+    The environment variable ASYM_PROGRESS redirects it: "off" shows nothing; a file name appends JSON lines
+    {"label", "done", "total", "eta" in seconds} to that file, for a driver to show.
+    """
+    where = os.environ.get("ASYM_PROGRESS", "")
+    bar, file = (tqdm, sys.stderr) if where in ("", "off") else (_FileBar, io.StringIO())
+    return bar(total=total, desc=label, mininterval=1, miniters=1, leave=False, file=file, disable=where == "off")

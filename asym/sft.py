@@ -1,0 +1,306 @@
+"""Supervised fine-tuning with perception and reasoning weighed apart: TRL's trainer, its loss taken by segment.
+
+The loss of a step is λ·Σ_p/n_p + (1 − λ)·Σ_r/n_r, where Σ and n are sums and counts over the *accumulated* batch: a
+batch of 8 and 8 accumulated batches of 1 are the same step. With λ = n_p/(n_p + n_r) it is the stock trainer's loss.
+
+Where the two gradients are needed apart (NGDiff at every step, the other arms at every `LOG_EVERY`-th), causal attention
+helps: L_p depends only on the prefix up to the end of the perception, so a pass over that prefix gives g_p exactly and
+the full pass needs to give only g_r.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import nan
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from asym import models
+from asym.balance import Balance, Segments, TokenAveraged, balance_of
+from asym.data import load_split
+from asym.models import chat
+from asym.params import Params
+from asym.runs import Run, progress, repo_root, write_csv
+from asym.transcript import PERCEPTION, REASONING, segment_ids
+
+LOG_EVERY = 10  # optimizer steps
+SAVE_EVERY = 100  # optimizer steps; what an interruption loses at most
+METRICS = (
+    *("token_share", "loss_perception", "loss_reasoning", "lambda"),
+    *("grad_norm_perception", "grad_norm_reasoning", "grad_cosine"),
+)
+
+
+class SegmentCollator:
+    """Rows with `query`, `response` and perhaps `image` to one right-padded batch with labels and segment ids.
+
+    The batch holds what the processor returns for the prompts, followed by the response tokens; `labels` and `segments`
+    are (B, T), -100 and 0 outside the response. `segments` says which response tokens are perception; in a row whose
+    response has no perception span all are reasoning.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [row["image"] for row in rows if row.get("image")]
+        prompts = [chat(self.processor, row["query"], bool(row.get("image"))) for row in rows]
+        batch = self.processor(text=prompts, images=images or None)
+        tokenizer = self.processor.tokenizer
+        columns = {name: [] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segments")}
+        for row, prompt, types in zip(rows, batch.pop("input_ids"), batch.pop("mm_token_type_ids"), strict=True):
+            response = row["response"]
+            tokens = tokenizer(response, return_offsets_mapping=True, add_special_tokens=False)
+            ids = [*tokens["input_ids"], tokenizer.eos_token_id]
+            spans = [*tokens["offset_mapping"], (len(response), len(response))]
+            segments = segment_ids(response, spans) if "</perception>" in response else [REASONING] * len(ids)
+            columns["input_ids"].append([*prompt, *ids])
+            columns["attention_mask"].append([1] * (len(prompt) + len(ids)))
+            columns["mm_token_type_ids"].append([*types, *[0] * len(ids)])
+            columns["labels"].append([-100] * len(prompt) + ids)
+            columns["segments"].append([0] * len(prompt) + segments)
+        padding = {"input_ids": tokenizer.pad_token_id, "labels": -100}
+        padded = {
+            name: pad_sequence(list(map(torch.tensor, column)), batch_first=True, padding_value=padding.get(name, 0))
+            for name, column in columns.items()
+        }
+        batch.pop("attention_mask")
+        return padded | {name: torch.as_tensor(values) for name, values in batch.items()}
+
+
+class SegmentSFTTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` with the loss balanced between segments; batches come from a `SegmentCollator`.
+
+    Logs, averaged over the logging interval: the two losses, λ, and (where they were measured) the two gradient norms
+    and their cosine.
+    """
+
+    def __init__(self, *args, balance: Balance, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.balance = balance
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch here, not by Trainer
+        self._counts: tuple[int, int] | None = None
+        self._grad_p: list[torch.Tensor | None] | None = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._counts = tuple(sum(int((b["segments"] == s).sum()) for b in batches) for s in (PERCEPTION, REASONING))
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        segments = inputs.pop("segments")
+        counts = self._counts if self.model.training else None
+        n_p, n_r = counts or (int((segments == PERCEPTION).sum()), int((segments == REASONING).sum()))
+        weight = self.balance.weight(Segments(n_p, n_r))
+        sum_p, sum_r = self._segment_sums(model, inputs, segments)
+        self._log_losses(sum_p, sum_r, n_p, n_r)
+        self._log("lambda", weight)
+        return weight * sum_p / max(n_p, 1) + (1 - weight) * sum_r / max(n_r, 1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        n_p, n_r = self._counts
+        probed = self.state.global_step % self.args.logging_steps == 0
+        if not (n_p and n_r and (self.balance.needs_gradients or probed)):
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self._split_step(model, self._prepare_inputs(inputs))
+
+    def _split_step(self, model, inputs) -> torch.Tensor:
+        """g_p and g_r accumulated apart and joined at the end of the accumulated batch; returns the detached loss."""
+        model.train()
+        (n_p, n_r), segments = self._counts, inputs.pop("segments")
+        parameters = [q for q in model.parameters() if q.requires_grad]
+        grad_r, self._grad_p = [q.grad for q in parameters], self._grad_p or [None] * len(parameters)
+
+        _set_grads(parameters, self._grad_p)
+        sum_p, _ = self._segment_sums(model, *_prefix(inputs, segments))
+        self.accelerator.backward(sum_p / n_p)
+        self._grad_p = [q.grad for q in parameters]
+
+        _set_grads(parameters, grad_r)
+        _, sum_r = self._segment_sums(model, inputs, segments)
+        self.accelerator.backward(sum_r / n_r)
+        self._log_losses(sum_p, sum_r, n_p, n_r)
+        weight = TokenAveraged().weight(Segments(n_p, n_r))  # of the reported loss; the step's own is set in the join
+        if self.accelerator.sync_gradients:
+            weight = self._join(parameters)
+        return (weight * sum_p / n_p + (1 - weight) * sum_r / n_r).detach()
+
+    @torch.no_grad()
+    def _join(self, parameters) -> float:
+        """Replace the gradients g_r by λ·g_p + (1 − λ)·g_r; returns λ."""
+        grads_p, self._grad_p = self._grad_p, None
+        pairs = [(_or_zero(q.grad, q), _or_zero(g, q)) for q, g in zip(parameters, grads_p, strict=True)]
+        norm_r, norm_p = (torch.stack([g.norm() for g in grads]).norm().item() for grads in zip(*pairs, strict=True))
+        weight = self.balance.weight(Segments(*self._counts, norm_p, norm_r))
+        cosine = sum((r * p).sum() for r, p in pairs).item() / max(norm_p * norm_r, 1e-30)
+        for q, (grad_r, grad_p) in zip(parameters, pairs, strict=True):
+            q.grad = grad_r.mul_(1 - weight).add_(grad_p, alpha=weight)
+        for name, value in zip(METRICS[3:], (weight, norm_p, norm_r, cosine), strict=True):
+            self._log(name, value)
+        return weight
+
+    def _segment_sums(self, model, inputs, segments) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed cross-entropy of the perception and of the reasoning tokens of a batch."""
+        losses = -model(**inputs, fused_lm_head=True).log_probs  # (B, T - 1)
+        return tuple((losses * (segments[:, 1:] == segment)).sum() for segment in (PERCEPTION, REASONING))
+
+    def _log_losses(self, sum_p, sum_r, n_p: int, n_r: int) -> None:
+        # A sum over each micro-batch, so that the average over the interval is that of whole steps
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        self._log("token_share", n_p / max(n_p + n_r, 1))
+        for name, total, count in (("loss_perception", sum_p, n_p), ("loss_reasoning", sum_r, n_r)):
+            if count:
+                self._log(name, steps * total.item() / count)
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+def _prefix(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch cut after its last perception token: all that L_p depends on."""
+    end = int((segments == PERCEPTION).any(0).nonzero().max()) + 1
+    cut = {k: v[:, :end] if v.ndim > 1 and v.shape[:2] == segments.shape else v for k, v in inputs.items()}
+    return cut, segments[:, :end]
+
+
+def _set_grads(parameters, grads) -> None:
+    for q, grad in zip(parameters, grads, strict=True):
+        q.grad = grad
+
+
+def _or_zero(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a trainer's steps on the study's own bar."""
+
+    def __init__(self, label: str):
+        self.label, self.bar = label, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress(self.label, state.max_steps)
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def fit(
+    run: Run,
+    label: str,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    balance: Balance,
+    p: Params,
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    seed: int,
+    accumulation: int = 1,
+) -> None:
+    """Train with AdamW (linear decay, 5 % warm-up) and leave checkpoint and metrics in the run; resumes by itself."""
+    dataset = dataset.add_column("length", [len(response) for response in dataset["response"]])
+    arguments = SFTConfig(
+        output_dir=str(run.folder / "trainer"),
+        max_steps=steps,
+        learning_rate=lr,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.01,
+        adam_beta2=0.99,
+        logging_steps=LOG_EVERY,
+        save_steps=SAVE_EVERY,
+        save_total_limit=1,
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,  # truncation would eat image tokens
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="group_by_length",  # a fifth of a random batch would be padding
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SegmentSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=SegmentCollator(processor),
+        peft_config=models.lora(p),
+        balance=balance,
+        callbacks=[ProgressCallback(label)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with threads(p.threads):
+        trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
+    models.save(trainer.model, processor, run.checkpoint)
+    log = [{name: entry.get(name, nan) for name in ("step", *METRICS)} for entry in trainer.state.log_history]
+    write_csv(run.folder / "metrics.csv", pd.DataFrame(log).dropna(subset=["loss_reasoning"]))
+    shutil.rmtree(run.folder / "trainer")
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Run torch on `n` threads: what a study asks for, not what the machine has, decides the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def arms(p: Params) -> list[str]:
+    """The SFT arms of a study."""
+    return ["token_averaged", *(f"lambda_{value:g}" for value in p.lambdas), "ngdiff"]
+
+
+def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | None = None) -> Run:
+    """The finished run of one SFT arm on one task, trained now if it has not been; `steps` default to `p.sft_steps`."""
+    steps = steps or p.sft_steps
+    keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
+    keys += ("prompt_style", f"difficulty_{task}")
+    config = {key: getattr(p, key) for key in keys} | {
+        "base": base.folder.name,
+        "task": task,
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+    }
+    run = Run.open(repo_root(), f"sft-{task}-{arm}", config)
+    if not run.done:
+        torch.manual_seed(seed)
+        model, processor = models.load(base.checkpoint)
+        fit(
+            run,
+            f"SFT {task} {arm}",
+            model,
+            processor,
+            load_split(p, task, "train_sft", seed),
+            balance_of(arm),
+            p,
+            steps=steps,
+            lr=p.sft_lr,
+            batch=p.sft_batch,
+            accumulation=p.sft_accumulation,
+            seed=seed,
+        )
+        run.finish()
+    return run

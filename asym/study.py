@@ -1,0 +1,215 @@
+"""Run a study: its notebooks in order through papermill, each in its own process, into results/<study>/.
+
+Everything is checked before anything is computed. A notebook reuses the arms that runs/ holds, so repeating an
+interrupted study resumes it. Executed notebooks are published without what differs from machine to machine.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from asym.params import Params, ParamsError
+from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
+
+
+class NotebookError(RuntimeError):
+    """A cell failed: which one, with what, and where to read on."""
+
+
+def run_study(
+    params_path: str | Path,
+    only: list[str] | None = None,
+    overrides: dict[str, str] | None = None,
+    root: Path | None = None,
+) -> None:
+    """Execute the notebooks of the repository at `root`, or those whose names start with one of `only`.
+
+    Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds since the
+    study's runs were empty, over all resumptions; "complete" is true once every notebook ran with these parameters.
+    Raises ParamsError before anything is computed, NotebookError when a cell fails.
+    """
+    root = root or repo_root()
+    params = Params.load(params_path, overrides)
+    names = [path.stem for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+    selected = _select(names, only)
+    results = results_dir(params.study, root)
+    before = read_manifest(results)
+    if only and before.get("digest", params.digest()) != params.digest():
+        raise ParamsError(f"{results}: study = {params.study!r}: must have the same parameters as before, or no --only")
+
+    run = Run.open(root, params.study, params.model_dump())
+    clock_file, feed = run.folder / "clock.json", run.folder / "progress.jsonl"
+    clock = {"expected": before.get("notebooks", {}), "spent": {}, "finished": []}
+    if clock_file.exists():
+        clock = json.loads(clock_file.read_text())
+    with _Display(selected, clock, feed) as display:
+        for name in selected:
+            display.start(name)
+            try:
+                notebook = _execute(root, name, run.folder / f"{name}.ipynb", _changed(params), feed)
+            finally:
+                clock["spent"][name] = round(clock["spent"].get(name, 0) + display.elapsed, 1)
+                write_json(clock_file, clock)
+            write_text(results / "notebooks" / f"{name}.ipynb", _portable(notebook, root))
+            clock["finished"] = sorted({*clock["finished"], name})
+            write_json(clock_file, clock)
+            _write_manifest(results, params, clock, names, root)
+
+
+def _select(names: list[str], only: list[str] | None) -> list[str]:
+    """The names that start with one of `only`, or all; ParamsError for one that fits none."""
+    wrong = [start for start in only or [] if not any(name.startswith(start) for name in names)]
+    if wrong or not names:
+        raise ParamsError(f"--only {' '.join(wrong)}: allowed are the notebooks {', '.join(names) or '(none found)'}")
+    return [name for name in names if not only or name.startswith(tuple(only))]
+
+
+def _changed(params: Params) -> dict:
+    """What the notebooks' parameter cells, which hold the defaults, must be told."""
+    defaults = Params().model_dump()
+    return {key: value for key, value in params.model_dump().items() if value != defaults[key]}
+
+
+def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) -> nbformat.NotebookNode:
+    """Run one notebook from the repository root; `copy` holds it as far as it came."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a notebook does not show
+    os.environ["ASYM_PROGRESS"] = str(feed)
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else every kernel start prints a debugger's warning
+    try:
+        source = root / "notebooks" / f"{name}.ipynb"
+        return papermill.execute_notebook(
+            source,
+            copy,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=root,
+            progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else every start warns of its local connection
+            shutdown_kernel="immediate",  # a kernel asked politely prints a traceback when interrupted
+        )
+    except PapermillExecutionError as error:
+        where, what = f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}"
+        raise NotebookError(f"{name}, {where}: {what}\nthe cell and the full traceback are in {copy}") from None
+    except DeadKernelError:
+        raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None
+    finally:
+        del os.environ["ASYM_PROGRESS"]
+
+
+def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
+    """The executed notebook as text, without times and without the paths of this machine."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill's is random
+    text = re.sub(r'[^\s"]*/ipykernel_\d+/\d+\.py', "<cell>", nbformat.writes(notebook))
+    paths = {str(root.resolve()): ".", str(root): ".", sys.prefix: ".venv", str(Path.home()): "~"}
+    for path in sorted(paths.keys() - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(path)}(?![\w-])", paths[path], text)
+    return text + "\n"
+
+
+def _write_manifest(results: Path, params: Params, clock: dict, names: list[str], root: Path) -> None:
+    files = [path for path in sorted(results.rglob("*")) if path.is_file() and path != results / "manifest.json"]
+    about = manifest(params.model_dump(), sum(clock["spent"].values()), files, root)
+    about["torch_threads"] = params.threads  # of the notebooks, not of this process
+    published = {path.stem for path in files if path.parent.name == "notebooks"}
+    complete = set(names) <= published & set(clock["finished"])
+    head = {"study": params.study, "complete": complete, "notebooks": dict(sorted(clock["spent"].items()))}
+    write_json(results / "manifest.json", head | about)
+
+
+class _Display:
+    """Two bars with the time left, of the notebooks and of what the current one does; without a terminal, plain lines.
+
+    `clock` holds the expected and the spent seconds of each notebook, `feed` the lines of `asym.runs.progress`.
+    """
+
+    def __init__(self, names: list[str], clock: dict, feed: Path):
+        self.names, self.clock, self.feed = names, clock, feed
+        self.current, self.started = names[0], time.monotonic()
+        self.console = Console(stderr=True)
+        columns = ("{task.description}", BarColumn(), "{task.completed:g}/{task.total:g}", "{task.fields[left]}")
+        self.bars = Progress(*[TextColumn(c) if isinstance(c, str) else c for c in columns], console=self.console)
+        self.outer = self.bars.add_task("", total=len(names), left="")
+        self.inner = self.bars.add_task("", total=1, left="", visible=False)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Display":
+        if self.console.is_terminal:
+            self.bars.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if kind is None:
+            self.bars.update(self.outer, completed=len(self.names), left="")
+        self.bars.update(self.inner, visible=False)
+        self.bars.stop()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the current notebook started."""
+        return time.monotonic() - self.started
+
+    def start(self, name: str) -> None:
+        self.feed.write_text("")
+        self.current, self.started = name, time.monotonic()
+        self._show(heading=True)
+
+    def _watch(self) -> None:
+        while not self.stop.wait(1 if self.console.is_terminal else 30):
+            self._show()
+
+    def _show(self, heading: bool = False) -> None:
+        done, task = self.names.index(self.current), self._task()
+        if self.console.is_terminal:
+            self.bars.update(self.outer, description=self.current, completed=done, left=_words(self._left()))
+            self.bars.update(self.inner, visible=bool(task))
+            if task:
+                label, eta = f"  {task['label']}", _words(task["eta"])
+                self.bars.update(self.inner, description=label, completed=task["done"], total=task["total"], left=eta)
+        elif heading:
+            print(f"{self.current} ({done + 1} of {len(self.names)})  {_words(self._left())}", flush=True)
+        elif task:
+            print(f"  {task['label']}: {task['done']}/{task['total']}  {_words(task['eta'])}", flush=True)
+
+    def _left(self) -> float | None:
+        """Seconds left in all, from the wall times of an earlier complete study; None if there was none."""
+        coming = self.names[self.names.index(self.current) :]
+        if not all(name in self.clock["expected"] for name in coming):
+            return None
+        spent = self.clock["spent"] | {self.current: self.clock["spent"].get(self.current, 0) + self.elapsed}
+        return sum(max(0, self.clock["expected"][name] - spent.get(name, 0)) for name in coming)
+
+    def _task(self) -> dict:
+        """The last line of the feed, {} between tasks."""
+        with suppress(OSError, ValueError, IndexError):
+            task = json.loads(self.feed.read_text(encoding="utf-8").splitlines()[-1])
+            return task if task["done"] < task["total"] else {}
+        return {}
+
+
+def _words(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"

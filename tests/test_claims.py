@@ -1,0 +1,193 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import responses, split
+
+from asym import claims as module
+from asym.claims import COLUMNS, claims, merge_claims, verdict
+
+BASE = {"base": (0.3, 0.1)}
+START = {"start": (0.5, 0.5)}
+
+
+def verdicts(**tables) -> dict[str, str]:
+    return claims(**tables).set_index("claim").verdict.to_dict()
+
+
+def imbalance(token_share, loss_share, arm="token_averaged"):
+    noise = np.random.default_rng(0).normal(0, 0.002, 16)
+    shares = {"token_share": token_share + noise, "loss_share": loss_share - noise}
+    keys = {"task": "sudoku", "family": "qwen3_vl", "seed": 0, "arm": arm, "step": 0}
+    return pd.DataFrame(shares).assign(**keys, batch=range(16))
+
+
+def screening(r: dict[str, float]) -> pd.DataFrame:
+    keys = {"task": "sudoku", "family": "qwen3_vl", "perception": "a_p", "scope": "pooled"}
+    return pd.DataFrame({"surrogate": list(r), "r": list(r.values())}).assign(**keys)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "threshold", "expected"),
+    [
+        (0.1, 2, 0, "reproduced"),
+        (-2, -0.1, 0, "not reproduced"),
+        (-1, 1, 0, "inconclusive"),
+        (0, 1, 0, "inconclusive"),
+        (-1, 1, -2, "reproduced"),
+        (-5, -3, -2, "not reproduced"),
+        (math.nan, math.nan, 0, "inconclusive"),
+    ],
+)
+def test_the_verdict_follows_the_interval(low, high, threshold, expected):
+    assert verdict(low, high, threshold) == expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.2), "not reproduced"), ((0.6, 0.4), "inconclusive")]
+)
+def test_c1_and_c6_compare_the_gains_of_the_two_halves(rates, expected):
+    assert verdicts(sft_rows=responses(BASE | {"token_averaged": rates}))["C1"] == expected
+    rl_rows = responses({"start": BASE["base"], "outcome": rates})
+    assert verdicts(rl_rows=rl_rows)["C6"] == expected
+
+
+def test_c2_compares_shares():
+    found = claims(imbalance=imbalance(0.10, 0.03)).set_index("claim")
+    assert found.estimate["C2"] == pytest.approx(7, abs=0.3)
+    assert found.estimate["C2 far below half"] == pytest.approx(40, abs=0.3)
+    assert list(found.verdict) == ["reproduced", "reproduced"]
+    assert list(verdicts(imbalance=imbalance(0.4, 0.5)).values()) == ["not reproduced", "not reproduced"]
+    assert set(verdicts(imbalance=imbalance(0.1, 0.03, arm="ngdiff")).values()) == {"inconclusive"}
+
+
+@pytest.mark.parametrize(
+    ("averaged", "ngdiff", "expected"),
+    [
+        (0.3, 0.9, ("reproduced", "reproduced", "reproduced")),
+        (0.95, 0.4, ("not reproduced", "not reproduced", "not reproduced")),
+        (0.7, 0.7, ("inconclusive", "inconclusive", "inconclusive")),
+    ],
+)
+def test_c3_and_c4_compare_accuracy_end_to_end(averaged, ngdiff, expected):
+    rows = responses(BASE | {"token_averaged": (averaged, 0.9), "lambda_0.5": (0.7, 0.9), "ngdiff": (ngdiff, 0.9)})
+    found = verdicts(sft_rows=rows)
+    assert (found["C3"], found["C4"], found["C4 not worse"]) == expected
+
+
+def test_the_best_arm_is_chosen_out_of_fold():
+    """Of ten equal arms the luckiest looks better than an equal baseline; chosen out of fold it does not."""
+    lambdas = [f"lambda_0.{i}" for i in range(10)]
+    lucky, honest = [], []
+    for stream in range(50):
+        rows = responses(dict.fromkeys([*lambdas, "token_averaged"], (0.5, 1.0)), problems=100, stream=stream)
+        accuracy = 100 * split(rows)[0].groupby("arm").a.mean()
+        lucky.append(accuracy[lambdas].max() - accuracy["token_averaged"])
+        honest.append(module.best_against(rows, lambdas, ["token_averaged"], 10).estimate)
+    assert np.mean(lucky) > 6
+    assert abs(np.mean(honest)) < 3
+
+
+def test_the_best_of_one_arm_is_that_arm():
+    rows = responses({"x": (0.5, 0.5), "y": (0.5, 0.5)}, problems=20)
+    only = module.best_of(rows, ["x"], "best").sort_index()
+    pd.testing.assert_frame_equal(only, rows[rows.arm == "x"].assign(arm="best"))
+    assert module.best_of(rows, [], "best").empty
+
+
+def test_c5_looks_for_an_interior_peak_and_the_trade_off():
+    peak = {"lambda_0.1": (0.3, 0.95), "lambda_0.5": (0.9, 0.9), "lambda_0.9": (0.95, 0.3)}
+    found = verdicts(sft_rows=responses(peak))
+    assert {found["C5 interior"], found["C5 a_p rises"], found["C5 a_r falls"]} == {"reproduced"}
+    rising = {"lambda_0.1": (0.9, 0.2), "lambda_0.5": (0.5, 0.5), "lambda_0.9": (0.3, 1.0)}
+    found = verdicts(sft_rows=responses(rising, problems=400))
+    assert found["C5 a_p rises"] == found["C5 a_r falls"] == "not reproduced"
+    edge = {"lambda_0.1": (0.95, 0.95), "lambda_0.5": (0.7, 0.7), "lambda_0.9": (0.5, 0.5)}
+    assert verdicts(sft_rows=responses(edge))["C5 interior"] == "not reproduced"
+
+
+@pytest.mark.parametrize(("p", "q", "expected"), [(0.8, 0.4, "reproduced"), (0.4, 0.8, "not reproduced")])
+def test_c7_follows_the_base_rates_and_finds_nothing_beyond_them(p, q, expected):
+    rollouts, counterfactual = split(responses({"start": (p, q), "base": (q, p)}, rollouts=4))
+    found = claims(rollouts=rollouts, counterfactual=counterfactual).set_index("claim")
+    assert found.verdict["C7"] == expected
+    assert abs(found.estimate["C7 beyond the null"]) < 0.03
+    assert found.paper["C7"] == "0.65–1.00 vs 0.34–0.43"
+
+
+def test_c7_beyond_the_null_sees_coupling_that_base_rates_do_not_explain():
+    """Answers that come out right although the image was misread loosen the outcome from perception."""
+    rollouts, counterfactual = split(responses({"start": (0.5, 0.5)}, rollouts=4))
+    lucky = (rollouts.a_p.to_numpy() == 0) & (counterfactual.a.to_numpy() == 1) & (rollouts["rollout"] < 3)
+    found = verdicts(rollouts=rollouts.assign(a=rollouts.a.mask(lucky, 1.0)), counterfactual=counterfactual)
+    assert found["C7 beyond the null"] == "reproduced"
+
+
+def test_c8_and_c9_compare_with_outcome_only():
+    arms = {"outcome": (0.5, 0.9), "alpha_0.5": (0.95, 0.9), "alpha_1": (0.9, 0.5), "validity": (0.95, 0.9)}
+    found = verdicts(rl_rows=responses(START | arms))
+    assert [found[claim] for claim in ("C8", "C8 interior", "C9")] == ["reproduced"] * 3
+    arms = {"outcome": (0.95, 0.9), "alpha_0.5": (0.5, 0.9), "alpha_1": (0.5, 0.5), "validity": (0.5, 0.9)}
+    found = verdicts(rl_rows=responses(START | arms))
+    assert [found[claim] for claim in ("C8", "C8 interior", "C9")] == ["not reproduced"] * 3
+
+
+def test_the_negative_control_is_no_candidate_for_c9():
+    rows = responses(START | {"outcome": (0.5, 0.5), "answer_consistency": (1.0, 1.0)})
+    assert claims(rl_rows=rows).set_index("claim").n["C9"] == 0
+
+
+@pytest.mark.parametrize(("order", "expected"), [(1, "reproduced"), (-1, "not reproduced")])
+def test_c10_ranks_surrogates(order, expected):
+    names = ["validity", "group_agreement", "solver_blindfold", "answer_consistency"]
+    rates = dict(zip(names, [(0.2, 1.0), (0.45, 1.0), (0.7, 1.0), (0.95, 1.0)], strict=True))
+    rows = responses({"outcome": (0.3, 1.0)} | rates)
+    scores = screening(dict(zip(names, np.linspace(0.1, 0.9, 4)[::order], strict=True)))
+    found = claims(rl_rows=rows, screening=scores).set_index("claim").loc["C10"]
+    assert (found.estimate, found.n, found.verdict) == (order, 4, expected)
+    three = claims(rl_rows=rows, screening=scores.iloc[:3]).set_index("claim").loc["C10"]
+    assert (three.estimate, three.n, three.verdict) == (order, 3, "inconclusive")
+    one = claims(rl_rows=rows, screening=scores.iloc[:1]).set_index("claim").loc["C10"]
+    assert (one.n, one.verdict) == (0, "inconclusive")
+
+
+def test_only_claims_whose_tables_are_given_are_made_and_arms_not_run_are_inconclusive():
+    assert list(claims().columns) == COLUMNS
+    assert claims().empty
+    smoke = responses(BASE | {"token_averaged": (0.4, 0.9)})
+    table = claims(sft_rows=pd.concat([smoke, smoke.assign(task="graph_coloring")]))
+    assert list(table.columns) == COLUMNS
+    assert list(table.claim.unique()) == [
+        "C1",
+        "C3",
+        "C4",
+        "C4 not worse",
+        "C5 a_p rises",
+        "C5 a_r falls",
+        "C5 interior",
+    ]
+    assert list(table.task.iloc[:2]) == ["graph_coloring", "sudoku"]
+    missing = table[table.claim != "C1"]
+    assert (missing.n == 0).all()
+    assert missing.estimate.isna().all()
+    assert (missing.verdict == "inconclusive").all()
+
+
+def test_one_problem_is_inconclusive_and_no_error():
+    arms = dict.fromkeys(["base", "token_averaged", "lambda_0.3", "lambda_0.5", "lambda_0.7", "ngdiff"], (0.5, 0.5))
+    assert set(claims(sft_rows=responses(arms, problems=1)).verdict) == {"inconclusive"}
+
+
+def test_merging_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
+    first = merge_claims(None, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
+    first.to_csv(tmp_path / "claims.csv", index=False)
+    rl = claims(rl_rows=responses(START | {"outcome": (0.5, 0.9)}))
+    both = merge_claims(pd.read_csv(tmp_path / "claims.csv"), rl)
+    assert list(both.claim) == [*first.claim, *rl.claim]
+    again = claims(sft_rows=responses(BASE | {"token_averaged": (0.4, 0.9)}))
+    merged = merge_claims(both, again)
+    assert merged.set_index("claim").verdict["C1"] == "reproduced"
+    assert len(merged) == len(both)
+    pd.testing.assert_frame_equal(merge_claims(merged, again), merged)
+    pd.testing.assert_frame_equal(merge_claims(rl, again)[COLUMNS], merged)

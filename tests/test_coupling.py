@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import responses, split
+
+from asym import coupling, stats
+
+COLUMNS = ["task", "family", "arm", "reading", "scope", "pair", "r", "low", "high", "n", "seeds", "p", "q", "null"]
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    return split(responses({"start": (0.6, 0.5)}, problems=150, rollouts=8))
+
+
+def test_independent_halves_couple_as_the_null_model_says(rollouts):
+    table = coupling.coupling_table(*rollouts)
+    assert list(table.columns) == COLUMNS
+    assert len(table) == 2 * 2 * 2
+    assert ((table.low - 0.02 < table.null) & (table.null < table.high + 0.02)).all()
+    own = table[(table.reading == "own") & (table.scope == "pooled")].set_index("pair")
+    end_to_end = rollouts[0]
+    assert own.r["outcome~perception"] == pytest.approx(np.corrcoef(end_to_end.a, end_to_end.a_p)[0, 1], abs=1e-6)
+    assert own.r["outcome~reasoning"] == pytest.approx(np.corrcoef(end_to_end.a, end_to_end.a_own)[0, 1], abs=1e-6)
+    assert own.p.iloc[0] == pytest.approx(end_to_end.a_p.mean(), abs=1e-6)
+    assert own.q.iloc[0] == pytest.approx(end_to_end.a_own.mean(), abs=1e-6)
+
+
+def test_without_counterfactual_rollouts_only_the_own_reading_is_given(rollouts):
+    assert set(coupling.coupling_table(rollouts[0]).reading) == {"own"}
+
+
+def test_the_counterfactual_reading_keeps_the_outcome_of_rollouts_that_saw_right(rollouts):
+    paired = coupling.counterfactual_reading(*rollouts)
+    saw = paired.a_p == 1
+    assert (paired.reasoning[saw] == paired.a[saw]).all()
+    assert (paired.reasoning[~saw] == paired.given[~saw]).all()
+    assert paired.reasoning.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_rollouts_without_a_counterfactual_partner_are_left_out(rollouts):
+    end_to_end, counterfactual = rollouts
+    assert len(coupling.counterfactual_reading(end_to_end, counterfactual[counterfactual["rollout"] < 3])) == 150 * 3
+
+
+def test_a_rollout_given_twice_is_refused(rollouts):
+    with pytest.raises(pd.errors.MergeError):
+        coupling.counterfactual_reading(pd.concat([rollouts[0]] * 2), rollouts[1])
+
+
+def test_the_gap_is_the_difference_of_the_two_correlations(rollouts):
+    table = coupling.coupling_table(*rollouts)
+    rows = table[(table.reading == "counterfactual") & (table.scope == "pooled")].set_index("pair")
+    gap, beyond = coupling.coupling_gap(coupling.counterfactual_reading(*rollouts))
+    assert gap.estimate == pytest.approx(rows.r["outcome~reasoning"] - rows.r["outcome~perception"], abs=1e-5)
+    null = rows.null["outcome~reasoning"] - rows.null["outcome~perception"]
+    assert beyond.estimate == pytest.approx(gap.estimate - null, abs=1e-5)
+    assert gap.low > 0  # p > q: base rates alone make the outcome follow reasoning
+    assert beyond.low < 0.01
+    assert beyond.high > -0.01
+
+
+def test_base_rates_alone_decide_the_sign_of_the_gap():
+    sees_worse = coupling.counterfactual_reading(*split(responses({"start": (0.4, 0.8)}, rollouts=4)))
+    assert coupling.coupling_gap(sees_worse)[0].high < 0
+
+
+def test_constant_successes_have_no_correlation():
+    table = coupling.coupling_table(*split(responses({"start": (1.0, 0.5)}, problems=20, rollouts=2)))
+    blind = table[table.pair == "outcome~perception"]
+    assert blind[["r", "low", "high", "null"]].isna().all(axis=None)
+
+
+def test_screening_ranks_surrogates_by_their_correlation_with_perception(rollouts):
+    noise = np.random.default_rng(0).random(len(rollouts[0]))
+    frame = rollouts[0].assign(reward_exact=rollouts[0].a_p, noisy=lambda r: r.a_p + 2 * noise, constant=1.0)
+    table = coupling.screening(frame, ["constant", "noisy", "reward_exact"])
+    assert list(table.columns) == [
+        "task",
+        "family",
+        "surrogate",
+        "perception",
+        "scope",
+        "r",
+        "low",
+        "high",
+        "n",
+        "seeds",
+        "rank",
+    ]
+    assert len(table) == 2 * 2 * 3
+    for _, block in table.groupby(["perception", "scope"]):
+        assert list(block.surrogate) == ["exact", "noisy", "constant"]
+        assert list(block["rank"].iloc[:2]) == [1, 2]
+        assert math.isnan(block.r.iloc[2])
+        assert math.isnan(block["rank"].iloc[2])
+    exact = table[(table.perception == "a_p") & (table.surrogate == "exact")]
+    assert (exact.r == 1).all()
+    noisy = table.query("perception == 'a_p' and surrogate == 'noisy' and scope == 'pooled'").iloc[0]
+    expected = stats.correlation(frame.noisy, frame.a_p, frame.problem_id)
+    assert (noisy.r, noisy.low, noisy.high) == (expected.estimate, expected.low, expected.high)

@@ -1,0 +1,122 @@
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from asym import runs
+from asym.params import ParamsError
+from asym.runs import Run, progress, read_manifest, results_dir
+
+
+def test_importing_runs_does_not_import_torch():
+    code = "import sys, asym.runs; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_run_folder_is_named_by_its_config(tmp_path):
+    run = Run.open(tmp_path, "sft", {"lr": 0.1, "seed": 0})
+    assert run.folder.parent == tmp_path / "runs"
+    assert run.folder == Run.open(tmp_path, "sft", {"seed": 0, "lr": 0.1}).folder
+    assert run.folder != Run.open(tmp_path, "sft", {"seed": 1, "lr": 0.1}).folder
+    assert json.loads((run.folder / "config.json").read_text()) == run.config
+
+
+def test_finish_writes_manifest_then_done(tmp_path, monkeypatch):
+    run = Run.open(tmp_path, "sft", {"seed": 0})
+    for name in ("metrics.csv", "checkpoint/model.safetensors", "trainer/checkpoint-1/optimizer.pt"):
+        runs.write_text(run.folder / name, "abc")
+    written = []
+    write_text = runs.write_text
+    monkeypatch.setattr(runs, "write_text", lambda path, text: (written.append(path.name), write_text(path, text)))
+    assert not run.done
+    run.finish(arm="ngdiff")
+    assert run.done
+    assert written == ["manifest.json", "DONE"]
+    about = read_manifest(run.folder)
+    assert about["params"] == {"seed": 0}
+    assert about["arm"] == "ngdiff"
+    assert set(about["files"]) == {"config.json", "metrics.csv", "checkpoint/model.safetensors"}
+    assert about["files"]["metrics.csv"].startswith("ba7816bf")  # SHA-256 of "abc"
+
+
+def test_last_trainer_checkpoint_is_the_newest_complete_one(tmp_path):
+    run = Run.open(tmp_path, "sft", {})
+    assert run.last_trainer_checkpoint() is None
+    for step in (9, 10, 100):
+        (run.folder / f"trainer/checkpoint-{step}").mkdir(parents=True)
+    for step in ("9", "10", "best"):
+        runs.write_text(run.folder / f"trainer/checkpoint-{step}/trainer_state.json", "{}")
+    assert run.last_trainer_checkpoint() == run.folder / "trainer/checkpoint-10"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "deep" / "table.csv"
+    runs.write_csv(path, pd.DataFrame({"a": [1], "b": ["é"]}))
+    assert path.read_bytes() == "a,b\n1,é\n".encode()
+
+    class Broken:
+        def to_csv(self, file, **_):
+            file.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_csv(path, Broken())
+    assert path.read_bytes() == "a,b\n1,é\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_parquet_round_trip(tmp_path):
+    frame = pd.DataFrame({"a": [0.5], "text": ["x"]})
+    runs.write_parquet(tmp_path / "x.parquet", frame)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "x.parquet"), frame)
+
+
+def test_results_folder_is_claimed_and_kept(tmp_path):
+    folder = results_dir("mine", tmp_path)
+    runs.write_text(folder / "tables" / "sft.csv", "")
+    assert results_dir("mine", tmp_path) == folder
+    assert read_manifest(folder) == {"study": "mine", "complete": False}
+    folder.rename(folder.with_name("yours"))
+    with pytest.raises(ParamsError, match="study = 'mine': must be 'yours'"):
+        results_dir("yours", tmp_path)
+    (tmp_path / "results/yours/manifest.json").write_text("not ours")
+    with pytest.raises(ParamsError, match="study = 'yours': must be a new or empty folder"):
+        results_dir("yours", tmp_path)
+
+
+def test_revision_is_dirty_for_code_but_not_for_results(tmp_path, monkeypatch):
+    def git(*args):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
+
+    monkeypatch.setattr(runs, "repo_root", lambda: tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs._revision() == "unknown"
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    runs.write_text(tmp_path / "results/x/table.csv", "1")
+    assert len(runs._revision()) == 40
+    (tmp_path / "code.py").write_text("2")
+    assert runs._revision().endswith("-dirty")
+
+
+def test_progress_reports_to_a_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ASYM_PROGRESS", str(tmp_path / "feed.jsonl"))
+    with progress("train", 1000) as bar:
+        for _ in range(1000):
+            bar.update()
+    lines = [json.loads(line) for line in (tmp_path / "feed.jsonl").read_text().splitlines()]
+    assert lines[0] == {"label": "train", "done": 0, "total": 1000, "eta": None}
+    assert lines[-1] == {"label": "train", "done": 1000, "total": 1000, "eta": 0}
+    assert len(lines) < 10
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_off_is_silent(capfd):
+    with progress("train", 2) as bar:
+        bar.update(2)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,79 @@
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from asym.params import ParamsError
+from asym.runs import read_manifest
+from asym.study import NotebookError, run_study
+
+PATHS = "print(study, n_test, Path.cwd(), Path.home())"
+FIRST = ["from pathlib import Path", PATHS, "Path('log').open('a').write('1')"]
+SECOND = ["from pathlib import Path", "Path('log').open('a').write('2')", "assert Path('fixed').exists(), 'not yet'"]
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A repository of two small notebooks, of which the second fails until there is a file `fixed`, and a study."""
+    for name, lines in {"01_first": FIRST, "02_second": SECOND}.items():
+        parameters = new_code_cell("study: str = 'smoke'\nn_test: int = 16", metadata={"tags": ["parameters"]})
+        cells = [parameters, *map(new_code_cell, lines)]
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=cells), path)
+    (tmp_path / "tiny.yaml").write_text("study: tiny\nn_test: 5")
+    return tmp_path
+
+
+def test_a_study_fails_resumes_and_completes(repo):
+    params, results = repo / "tiny.yaml", repo / "results" / "tiny"
+    with pytest.raises(NotebookError, match=r"02_second, In \[5\]: AssertionError: not yet") as caught:
+        run_study(params, root=repo)
+    assert "not yet" in Path(str(caught.value).rpartition(" ")[2]).read_text()
+    first = read_manifest(results)
+    assert not first["complete"]
+    assert list(first["notebooks"]) == ["01_first"]
+    assert [path.name for path in (results / "notebooks").iterdir()] == ["01_first.ipynb"]
+
+    (repo / "fixed").touch()
+    run_study(params, root=repo)
+    last = read_manifest(results)
+    assert (repo / "log").read_text() == "1212"
+    assert last["complete"]
+    assert last["study"] == "tiny"
+    assert last["params"]["n_test"] == 5
+    assert last["notebooks"]["01_first"] > first["notebooks"]["01_first"]
+    assert last["seconds"] == pytest.approx(sum(last["notebooks"].values()))
+    assert set(last["files"]) == {"results/tiny/notebooks/01_first.ipynb", "results/tiny/notebooks/02_second.ipynb"}
+
+    text = (results / "notebooks" / "01_first.ipynb").read_text()
+    assert "tiny 5 . ~" in text
+    assert "papermill" not in text
+    for path in (str(repo), str(Path.home()), sys.prefix):
+        assert path not in text
+
+    run_study(params, ["01"], root=repo)
+    assert (results / "notebooks" / "01_first.ipynb").read_text() == text
+    assert read_manifest(results)["complete"]
+    with pytest.raises(ParamsError, match="or no --only"):
+        run_study(params, ["01"], {"n_test": "6"}, root=repo)
+    assert (repo / "log").read_text() == "12121"
+
+
+@pytest.mark.parametrize(
+    ("only", "overrides", "message"),
+    [
+        (["03"], {}, "--only 03: allowed are the notebooks 01_first, 02_second"),
+        (None, {"n_test": "many"}, "--set: n_test = 'many': must be a valid integer"),
+        (None, {"study": "taken"}, "study = 'taken': must be a new or empty folder"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_runs(repo, only, overrides, message):
+    (repo / "results" / "taken").mkdir(parents=True)
+    (repo / "results" / "taken" / "table.csv").touch()
+    with pytest.raises(ParamsError, match=message):
+        run_study(repo / "tiny.yaml", only, overrides, root=repo)
+    assert not (repo / "runs").exists()
+    assert not (repo / "log").exists()
