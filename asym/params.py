@@ -117,7 +117,7 @@ class Params(BaseModel):
     surrogate_alpha: PositiveShare = Field(0.5, description="weight of the surrogate in its RL arm")
 
     # Measuring
-    max_new_tokens: Count = Field(320, description="longest response in tokens")
+    max_new_tokens: Count = Field(64, description="longest response in tokens")
     n_coupling: Count = Field(8, description="problems for measuring reward coupling")
     coupling_rollouts: int = Field(4, ge=2, description="rollouts per problem for measuring reward coupling")
     eval_batch: Count = Field(256, description="responses generated at once")

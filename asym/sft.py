@@ -3,7 +3,7 @@
 The loss of a step is λ·Σ_p/n_p + (1 − λ)·Σ_r/n_r, where Σ and n are sums and counts over the *accumulated* batch: a
 batch of 8 and 8 accumulated batches of 1 are the same step. With λ = n_p/(n_p + n_r) it is the stock trainer's loss.
 
-Where the two gradients are needed apart (NGDiff at every step, the other arms at every `LOG_EVERY`-th), causal attention
+Where the two gradients are needed apart (NGDiff at every step, the other arms at every `LOG_EVERY`-th), causality
 helps: L_p depends only on the prefix up to the end of the perception, so a pass over that prefix gives g_p exactly and
 the full pass needs to give only g_r.
 """
