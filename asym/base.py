@@ -7,6 +7,7 @@ that is what post-training adds. This models how a real VLM enters post-training
 """
 
 import itertools
+from collections.abc import Iterator
 
 import pandas as pd
 from datasets import Dataset, Image, concatenate_datasets
@@ -24,6 +25,8 @@ from asym.transcript import compose
 
 TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.5  # of the vision stage that stays text
+# Short deductions in a nearly canonical order: wandering, checking and restating are what SFT brings.
+BASE_VARIATION, BASE_VERBOSITY = 0.2, 0
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
@@ -31,9 +34,9 @@ def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
-        reasoning, answer = task.explain(problem, rng, p.verbosity, p.variation)
+        reasoning, answer = task.explain(problem, rng, BASE_VERBOSITY, BASE_VARIATION)
         response = "\n".join((task.transcribe(problem), reasoning, answer))
-        rows.append({"query": task.describe(problem, rng), "response": response})
+        rows.append({"query": task.describe(problem), "response": response})
     return Dataset.from_list(rows)
 
 
@@ -49,7 +52,7 @@ def scenes(p: Params, name: str, seed: int) -> Dataset:
 def train_base(p: Params, seed: int) -> Run:
     """The finished run of the base's vision stage, both stages trained now if they have not been."""
     keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
-    keys += ("verbosity", "variation", "n_train_base", "hidden_size", "layers", "heads", "vision_hidden_size")
+    keys += ("n_train_base", "hidden_size", "layers", "heads", "vision_hidden_size")
     keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")
     config = {key: getattr(p, key) for key in keys} | {"seed": seed}
     language = Run.open(repo_root(), "base-language", config)
@@ -60,8 +63,7 @@ def train_base(p: Params, seed: int) -> Run:
         return vision
     words = concatenate_datasets([puzzles_in_words(p, name, seed) for name in p.tasks])
     if not language.done:
-        prompts = [task_of(p, name).prompt(problem, style) for name, problem, style in _prompt_styles(p, seed)]
-        processor = models.build_processor([*words["query"], *words["response"], *prompts, TRANSCRIBE], p)
+        processor = models.build_processor([*words["query"], *words["response"], *_vocabulary(p, seed)], p)
         model = models.build_model(processor, p, seed)
         schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
         fit(language, "base: language", model, processor, words, TokenAveraged(), full_training, seed=seed, **schedule)
@@ -77,12 +79,14 @@ def train_base(p: Params, seed: int) -> Run:
     return vision
 
 
-def _prompt_styles(p: Params, seed: int):
-    return [
-        (name, next(problems(task_of(p, name), "train_base", seed)), style)
-        for name in p.tasks
-        for style in ("brief", "full")
-    ]
+def _vocabulary(p: Params, seed: int) -> Iterator[str]:
+    """Texts of the kinds the base does not train on but will meet: the tokenizer should know their words."""
+    yield TRANSCRIBE
+    for name in p.tasks:
+        task = task_of(p, name)
+        for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), 200)):
+            yield from (task.prompt(problem, "brief"), task.prompt(problem, "full"))
+            yield from task.explain(problem, stream(seed, f"{name}/train_base", index, "vocabulary"), 8, 1.0)
 
 
 def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
@@ -102,7 +106,7 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
             queries = [TRANSCRIBE] * len(chosen)
             images = [task.draw(problem, drawings[mode], rng) for problem in chosen]
         else:
-            queries, images = [task.describe(problem, rng) for problem in chosen], [None] * len(chosen)
+            queries, images = [task.describe(problem) for problem in chosen], [None] * len(chosen)
         limits = {"max_new_tokens": p.max_new_tokens, "batch": p.eval_batch, "label": f"base {name} {mode}"}
         with threads(p.threads):
             completions = complete(model, processor, queries, images, **limits)

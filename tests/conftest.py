@@ -5,3 +5,51 @@ import os
 os.environ["ASYM_PROGRESS"] = "off"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from asym.params import Params
+
+ROOMS = ("data", "sft", "base", "evaluate", "rl")  # those that open run folders
+
+
+def _tiny(**changes) -> Params:
+    sizes = {"hidden_size": 32, "layers": 2, "vision_hidden_size": 16, "vision_layers": 1, "image_size": 32}
+    splits = {"n_train_base": 12, "n_train_sft": 12, "n_train_rl": 2, "n_validation": 2, "n_test": 4, "n_coupling": 2}
+    steps = {"language_steps": 1, "vision_steps": 1, "language_batch": 4, "vision_batch": 4, "sft_steps": 2}
+    steps |= {"sft_batch": 4, "max_new_tokens": 8, "rl_prompts": 2, "rl_steps": 1, "threads": 1}
+    return Params().model_copy(update=sizes | splits | steps | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Parameters of a study that trains in a second (narrow layers, four image tokens), with changes."""
+    return _tiny
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository root of the test's own: nothing is written to, or found in, the real `runs/`."""
+    for room in ROOMS:
+        monkeypatch.setattr(f"asym.{room}.repo_root", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The finished run of a tiny base for both tasks, through both of its stages."""
+    from asym.base import train_base
+
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        for room in ROOMS:
+            patch.setattr(f"asym.{room}.repo_root", lambda: folder)
+        return train_base(_tiny(), 0)
+
+
+@pytest.fixture
+def vlm(base):
+    """(model, processor) of the tiny base, fresh for every test."""
+    from asym import models
+
+    return models.load(base.checkpoint)

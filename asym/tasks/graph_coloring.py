@@ -14,7 +14,7 @@ from PIL import Image
 from asym.tasks.task import Canvas, Drawing, Variation, is_int, read_json
 
 MAX_VERTICES = len(ascii_lowercase)  # one letter per color, and the exact search stays instant
-_SO = ("so", "take", "then", "gives")
+_SO = ("so", "hence", "then", "thus")
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class GraphColoring:
         """The sorted edge list as JSON."""
         return json.dumps(problem.edges)
 
-    def describe(self, problem: Graph, rng: Random) -> str:
-        """The edges in words, in some order and direction."""
-        edges = [f"{u} to {v}" for u, v in (rng.sample(edge, 2) for edge in problem.edges)]
-        return f"Color this graph of {problem.n}: " + ", ".join(rng.sample(edges, len(edges)) or ["no edges"]) + "."
+    def describe(self, problem: Graph) -> str:
+        """The edges in words."""
+        edges = [f"{u} to {v}" for u, v in problem.edges]
+        return f"Color this graph of {problem.n}: " + ", ".join(edges or ["no edges"]) + "."
 
     def explain(self, problem: Graph, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
         """A largest clique says how many colors are needed at least, then vertex by vertex the first free color."""
@@ -114,7 +114,7 @@ class GraphColoring:
             if used and choices.happens("slip", 0.06):  # a mistake, noticed and mended
                 wrong = choices.pick(sorted(used))
                 line += f", {choices.pick(_SO)} {wrong}? no, near {wrong}"
-            lines.append(f"{line}, {choices.pick(_SO)} {color}.")
+            lines.append(f"{line}, {choices.pick(_SO)} {vertex} {color}.")
             colors[vertex] = color
             restatements = _restate(problem, vertex, used, colors)
             lines += [restatements[k % len(restatements)] for k in range(verbosity)]
@@ -251,10 +251,9 @@ def _largest_clique(graph: Graph) -> tuple[int, ...]:
 
 
 def _greedy_order(graph: Graph, choices: Variation) -> list[int]:
-    """An order in which taking the first free color is optimal; canonically by decreasing degree."""
+    """An order in which taking the first free color is optimal; canonically that of the labels, if it is."""
     optimal = optimal_coloring(graph)
-    order = sorted(range(graph.n), key=lambda v: -len(graph.neighbours[v]))
-    order = choices.order(order)
+    order = choices.order(range(graph.n))
     for _ in range(200):
         if _first_fit(graph, order) == max(optimal) + 1:
             return order

@@ -15,7 +15,7 @@ from asym.tasks.task import Canvas, Drawing, Variation, is_int, read_json
 Grid = tuple[tuple[int, ...], ...]  # 0 is a blank
 
 SEARCH_BUDGET = 20_000  # cells tried; real puzzles take a few hundred, a hostile "perception" must not take forever
-_SO = ("so", "must be", "then", "gives")
+_SO = ("so", "hence", "then", "thus")
 _REASONS = ("row", "column", "box")
 
 
@@ -81,10 +81,10 @@ class Sudoku:
         """The grid as JSON rows, "-" for a blank, as the published prompts ask."""
         return json.dumps([[digit or "-" for digit in row] for row in problem])
 
-    def describe(self, problem: Grid, rng: Random) -> str:
-        """The givens cell by cell, in some order."""
-        givens = [f"r{r + 1}c{c + 1} {digit}" for r, row in enumerate(problem) for c, digit in enumerate(row) if digit]
-        return "Solve this sudoku: " + ", ".join(rng.sample(givens, len(givens))) + "."
+    def describe(self, problem: Grid) -> str:
+        """The grid in words, row by row."""
+        rows = [" ".join(["row", f"{r + 1}:", *(str(digit or "-") for digit in row)]) for r, row in enumerate(problem)]
+        return "Solve this sudoku: " + ", ".join(rows) + "."
 
     def explain(self, problem: Grid, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
         """Cell by cell: the digits its row, column and box already hold, and the one that is left."""
@@ -252,12 +252,18 @@ class _Trace:
 
     def held(self, cell: tuple[int, int], kind: str) -> list[int]:
         """Digits in the row, column or box of a cell, in reading order."""
+        return [digit for digit in self.unit(cell, kind) if digit]
+
+    def unit(self, cell: tuple[int, int], kind: str) -> list[int]:
+        """The row, column or box of a cell in reading order, 0 for a blank."""
         (r, c), box = cell, isqrt(self.n)
         index = {"row": r, "column": self.n + c, "box": 2 * self.n + r // box * box + c // box}[kind]
-        return [self.cells[i][j] for i, j in units(self.n)[index] if self.cells[i][j]]
+        return [self.cells[i][j] for i, j in units(self.n)[index]]
 
     def evidence(self, cell: tuple[int, int]) -> str:
-        seen = [" ".join([kind, *map(str, self.held(cell, kind))]) for kind in self.choices.order(_REASONS)]
+        seen = [
+            " ".join([kind, *(str(d or "-") for d in self.unit(cell, kind))]) for kind in self.choices.order(_REASONS)
+        ]
         return f"{_cell(cell)}: {', '.join(seen)}"
 
     def look(self, cell: tuple[int, int]) -> str:
@@ -270,14 +276,14 @@ class _Trace:
             kind = self.choices.pick([kind for kind in _REASONS if self.held(cell, kind)])
             wrong = self.choices.pick(self.held(cell, kind))
             line += f", {self.choices.pick(_SO)} {wrong}? no, {kind} has {wrong}"
-        yield f"{line}, {self.choices.pick(_SO)} {digit}."
+        yield f"{line}, {self.choices.pick(_SO)} {_cell(cell)} {digit}."
         yield from self.place(cell, digit)
 
     def trial(self, cell: tuple[int, int]) -> Iterator[str]:
         """No cell is settled by its own units: try the options, as one does on paper."""
         digit = self.solution[cell[0]][cell[1]]
         options = " ".join(map(str, self.options(cell)))
-        yield f"{self.evidence(cell)}, open {options}, by trial {digit}."
+        yield f"{self.evidence(cell)}, open {options}, by trial {_cell(cell)} {digit}."
         yield from self.place(cell, digit)
 
     def place(self, cell: tuple[int, int], digit: int) -> Iterator[str]:

@@ -42,7 +42,7 @@ class Task(Protocol):
     def transcribe(self, problem: Any) -> str:
         """p*: the canonical text of what the image shows."""
 
-    def describe(self, problem: Any, rng: Random) -> str:
+    def describe(self, problem: Any) -> str:
         """The problem in words, another surface form than p*: what the language stage reads."""
 
     def explain(self, problem: Any, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
