@@ -36,6 +36,8 @@ CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in 
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
 QUARTER = 25.0  # points: a share below one half by more than this is "far below"
 
+CORRELATIONS = ("C7", "C7 beyond the null", "C10")  # their estimates are r or ρ, the others' points
+
 Part = tuple[str, Estimate, float]  # claim, estimate, threshold
 
 

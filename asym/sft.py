@@ -211,7 +211,6 @@ def fit(
     accumulation: int = 1,
 ) -> None:
     """Train with AdamW (linear decay, 5 % warm-up) and leave checkpoint and metrics in the run; resumes by itself."""
-    dataset = dataset.add_column("length", [len(response) for response in dataset["response"]])
     arguments = SFTConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=steps,
@@ -231,7 +230,6 @@ def fit(
         gradient_checkpointing=False,
         max_length=None,  # truncation would eat image tokens
         dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="group_by_length",  # a fifth of a random batch would be padding
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         report_to="none",

@@ -15,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from asym.claims import CORRELATIONS
 from asym.params import Params, ParamsError
 from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
@@ -67,6 +70,38 @@ def run_study(
             clock["finished"] = sorted({*clock["finished"], name})
             write_json(clock_file, clock)
             _write_manifest(results, params, clock, names, root)
+    write_readme(root)
+
+
+def write_readme(root: Path) -> None:
+    """Refresh the tables in README.md, so that no number in it is typed.
+
+    Between `<!-- table: PATH -->` and `<!-- end -->` stands the CSV file at PATH, numbers to one decimal (correlations
+    and shares to two), intervals in brackets.
+    """
+    readme = root / "README.md"
+    if not readme.exists():
+        return
+    block = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+    def fill(match: re.Match) -> str:
+        path = root / match[2]
+        return match[1] + (_markdown(pd.read_csv(path)) if path.exists() else "(not computed yet)\n") + match[3]
+
+    text = readme.read_text(encoding="utf-8")
+    if (filled := block.sub(fill, text)) != text:
+        write_text(readme, filled)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown; estimate, low and high become one column."""
+    if {"estimate", "low", "high"} <= set(table):
+        digits = np.where(table.get("claim", pd.Series("", table.index)).isin(CORRELATIONS), 2, 1)
+        cells = zip(table.estimate, table.low, table.high, digits, strict=True)
+        shown = ["" if np.isnan(x) else f"{x:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for x, low, high, d in cells]
+        table = table.assign(estimate=shown).drop(columns=["low", "high"])
+    lines = [list(table), ["---"] * table.shape[1], *table.fillna("").astype(str).values.tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _select(names: list[str], only: list[str] | None) -> list[str]:

@@ -1,0 +1,203 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+
+from asym import models
+from asym.data import build_split
+from asym.models import IMAGE_TOKENS, build_model, build_processor, build_tokenizer, chat, image_token_ids, load, lora
+from asym.params import Params
+from asym.transcript import TAGS
+
+WIDTH = {"hidden_size": 128, "layers": 4, "heads": 4, "vision_hidden_size": 96, "vision_layers": 3}
+patient = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+
+
+@pytest.fixture(scope="module")
+def texts(tiny):
+    return [
+        text for name in ("sudoku", "graph_coloring") for text in build_split(tiny(), name, "train_sft", 0)["response"]
+    ]
+
+
+@pytest.fixture
+def inputs(vlm):
+    return prompt(vlm[1], [Image.linear_gradient("L").resize((32, 32)).convert("RGB")])
+
+
+def prompt(processor, images, query="Solve the sudoku in the image."):
+    text = [chat(processor, query, image=True) for _ in images]
+    return processor(text=text, images=images, return_tensors="pt", padding=True)
+
+
+@torch.inference_mode()
+def logits(model, inputs):
+    return model.eval()(**inputs).logits
+
+
+def wrapped(model, rank=2):
+    """The model with a LoRA adapter that does something."""
+    adapted = get_peft_model(model, lora(Params().model_copy(update={"lora_rank": rank})))
+    torch.manual_seed(rank)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return adapted
+
+
+def test_the_cpu_study_has_a_real_qwen3_vl_of_one_to_two_million_parameters(texts):
+    p = Params().model_copy(update=WIDTH)
+    processor = build_processor(texts, p)
+    model = build_model(processor, p, 0)
+    assert type(processor) is Qwen3VLProcessor
+    assert type(model) is Qwen3VLForConditionalGeneration
+    assert 1_000_000 < model.num_parameters() < 2_000_000
+    out = model(**prompt(processor, [Image.new("RGB", (64, 64))]))
+    assert out.logits.isfinite().all()
+
+
+def test_weights_depend_on_the_seed_alone(texts, tiny):
+    processor = build_processor(texts, tiny())
+    one, same, other = (build_model(processor, tiny(), seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_saved_model_is_the_same_through_the_auto_classes(vlm, inputs, tmp_path):
+    model, processor = vlm
+    models.save(model, processor, tmp_path)
+    again, processor_again = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    assert (type(again), type(processor_again)) == (type(model), type(processor))
+    image = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    inputs_again = prompt(processor_again, [image])
+    assert all(torch.equal(inputs[name], inputs_again[name]) for name in inputs)
+    assert torch.equal(logits(model, inputs), logits(again, inputs_again))
+    assert again.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_every_image_becomes_as_many_tokens_as_features(vlm, size):
+    model, processor = vlm
+    inputs = prompt(processor, [Image.new("RGB", (size, size))] * 2)
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert tokens == len(torch.cat(tuple(features))) == 2 * (32 // 8 // 2) ** 2
+
+
+def test_masking_the_image_changes_the_logits(vlm, inputs):
+    model, _ = vlm
+    masked = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    image = inputs["input_ids"][0].tolist().index(model.config.image_token_id)
+    with_image, without = logits(model, inputs), logits(model, masked)
+    assert (with_image[:, image:] != without[:, image:]).any(-1).all()
+    torch.testing.assert_close(with_image[:, :image], without[:, :image])  # causal: what comes before cannot know
+
+
+def test_padding_on_the_left_changes_nothing(vlm, inputs):
+    model, processor = vlm
+    image = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    longer = "Transcribe the image, please, and be careful."
+    text = [chat(processor, query, image=True) for query in (longer, "Solve the sudoku in the image.")]
+    both = processor(text=text, images=[image, image], return_tensors="pt", padding=True)
+    assert both["attention_mask"][1, 0] == 0
+    torch.testing.assert_close(logits(model, both)[1, -1], logits(model, inputs)[0, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_chat_frame_is_that_of_qwen(vlm):
+    frame = chat(vlm[1], "Why?", image=True)
+    start = "<|im_start|> user\n<|vision_start|><|image_pad|><|vision_end|>Why?<|im_end|>\n"
+    assert frame == start + "<|im_start|> assistant\n"
+    assert chat(vlm[1], "Why?", image=False) == frame.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+
+
+def test_image_tokens_are_single_tokens_a_policy_must_not_write(vlm):
+    model, processor = vlm
+    ids = image_token_ids(processor)
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == list(IMAGE_TOKENS)
+    assert {model.config.image_token_id, model.config.video_token_id} < set(ids)
+    assert not {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id} & set(ids)
+
+
+# The tokenizer
+
+
+def tokenizer_of(texts=("<perception>[[1, 2]]</perception> row 1 2",)):
+    return build_tokenizer(texts)
+
+
+TOKENIZER = tokenizer_of()
+
+
+@patient
+@given(st.text())
+@example("\ufeff a  b\r\n\t\u3000")
+@example("e\u0301 é ﬁ ½")
+@example("don't , . ! ?")
+def test_the_tokenizer_loses_nothing(text):
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+    assert TOKENIZER.batch_decode([TOKENIZER(text)["input_ids"]]) == [text]
+
+
+def test_every_response_of_the_tasks_survives_and_stays_short(texts):
+    tokenizer = tokenizer_of(texts)
+    assert len(tokenizer) <= models.VOCABULARY + len(TAGS)
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert len(ids) < len(text) / 2
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_is_one_ordinary_token_wherever_it_stands(tag):
+    (tag_id,) = TOKENIZER(tag)["input_ids"]
+    assert TOKENIZER(f"a{tag}[[1")["input_ids"].count(tag_id) == 1
+    assert TOKENIZER.decode([tag_id], skip_special_tokens=True) == tag
+
+
+# LoRA
+
+
+def test_lora_reaches_language_and_vision_and_is_none_at_rank_0(vlm):
+    assert lora(Params()) is None
+    names = [name for name, q in wrapped(vlm[0]).named_parameters() if q.requires_grad]
+    assert all("lora_" in name for name in names)
+    assert any("visual" in name for name in names)
+    assert any("language_model" in name for name in names)
+
+
+def test_a_saved_adapter_comes_back_merged(vlm, inputs, tmp_path):
+    model, processor = vlm
+    plain = logits(model, inputs)
+    adapted = wrapped(model)
+    models.save(adapted, processor, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    merged, _ = load(tmp_path)
+    assert type(merged) is Qwen3VLForConditionalGeneration
+    torch.testing.assert_close(logits(merged, inputs), logits(adapted, inputs), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(merged, inputs), plain, atol=1e-3)
+
+
+def test_an_adapter_trained_on_a_merged_adapter_keeps_both(vlm, inputs, tmp_path):
+    """RL with LoRA starts from an SFT checkpoint with LoRA."""
+    model, processor = vlm
+    models.save(wrapped(model, rank=2), processor, tmp_path / "sft")
+    start, processor = load(tmp_path / "sft")
+    trained = wrapped(start, rank=3)
+    models.save(trained, processor, tmp_path / "rl")
+    again, _ = load(Path(tmp_path / "rl"))
+    torch.testing.assert_close(logits(again, inputs), logits(trained, inputs), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,173 @@
+import itertools
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3VLForConditionalGeneration
+
+from asym import models, rl
+from asym.data import load_split, task_of
+from asym.params import Params
+from asym.rl import REWARDS, train_arm, train_start
+from asym.runs import Run
+
+COLUMNS = ["step", "problem_id", "rollout", "ground_truth", "completion"]
+NAMES = [reward.__name__ for reward in REWARDS]
+
+
+@pytest.fixture
+def start(base):
+    """RL from the tiny base: what it starts from is the same to the code."""
+    return Run(base.folder, base.config)
+
+
+@pytest.fixture
+def script(monkeypatch, base):
+    """Rollouts written by hand in place of sampled ones, the same for every prompt of a step, so rewards vary."""
+
+    def script(responses: list[str]):
+        processor = models.load(base.checkpoint)[1]
+        tokenizer = processor.tokenizer
+        ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in responses]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
+
+        def generate(self, input_ids, **kwargs):
+            return torch.cat([input_ids, padded.repeat(len(input_ids) // len(padded), 1)], 1)
+
+        monkeypatch.setattr(Qwen3VLForConditionalGeneration, "generate", generate)
+
+    return script
+
+
+def mixed_responses(p: Params, task: str) -> list[str]:
+    """For either of two problems: one right response, one to the other problem, right eyes or not with a wrong answer,
+    and one that cannot be read."""
+    first, second = load_split(p, task, "train_rl", 0)["response"]
+    answer = second[second.index("<reasoning>") :]
+    return [first, second, first[: first.index("<reasoning>")] + answer, first.replace("</answer>", "")]
+
+
+def recomputed(p: Params, task_name: str, rollouts: pd.DataFrame) -> pd.DataFrame:
+    """Every reward of every step, from the stored ground truths and texts alone."""
+    task, steps = task_of(p, task_name), []
+    for _, step in rollouts.groupby("step"):
+        problems = [task.problem(json.loads(truth)) for truth in step.ground_truth]
+        values = {reward.__name__: reward(task, problems, step.completion.tolist()) for reward in REWARDS}
+        steps.append(pd.DataFrame(values, index=step.index))
+    return pd.concat(steps)
+
+
+@pytest.mark.parametrize(("task", "arm"), [("sudoku", "alpha_0.3"), ("graph_coloring", "solver_blindfold")])
+def test_rollouts_keep_their_groups_texts_and_every_reward(tiny, start, root, script, task, arm):
+    p = tiny(rl_steps=2, max_new_tokens=400, rl_lr=1e-2)
+    responses = mixed_responses(p, task)
+    script(responses)
+    run = train_arm(p, start, task, arm, 0)
+    rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
+    assert list(rollouts) == [*COLUMNS, *NAMES, "advantage"]
+    assert len(rollouts) == 2 * 2 * 4
+    groups = list(rollouts.groupby(["step", "problem_id"], sort=False))
+    assert [list(group.rollout) for _, group in groups] == [[0, 1, 2, 3]] * 4
+    assert {group.ground_truth.nunique() for _, group in groups} == {1}
+    data = load_split(p, task, "train_rl", 0)
+    truths = dict(zip(data["problem_id"], data["ground_truth"], strict=True))
+    assert rollouts.ground_truth.tolist() == rollouts.problem_id.map(truths).tolist()
+    assert rollouts.completion.tolist() == responses * 4
+    pd.testing.assert_frame_equal(rollouts[NAMES].astype(float), recomputed(p, task, rollouts))
+    assert rollouts.outcome.groupby(rollouts.problem_id).max().tolist() == [1, 1]
+    assert (rollouts.perception != rollouts.outcome).any()
+
+    alpha, trained = (0.3, "perception") if arm == "alpha_0.3" else (0.5, arm)
+    mixed = alpha * rollouts[trained] + (1 - alpha) * rollouts.outcome
+    by_group = mixed.groupby([rollouts.step, rollouts.problem_id])
+    advantage = (mixed - by_group.transform("mean")) / (by_group.transform("std") + 1e-4)
+    assert rollouts.advantage.tolist() == pytest.approx(advantage.tolist(), abs=1e-4)
+    metrics = run.metrics()
+    assert metrics["reward"].tolist() == pytest.approx(mixed.groupby(rollouts.step).mean().tolist(), abs=1e-6)
+    for name in NAMES:
+        assert metrics[f"reward_{name}"].tolist() == pytest.approx(rollouts.groupby("step")[name].mean().tolist())
+    before, after = (load_file(folder / "model.safetensors") for folder in (start.checkpoint, run.checkpoint))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny, base, tmp_path_factory):
+    """One real step: two prompts, four sampled rollouts each."""
+    folder = tmp_path_factory.mktemp("rl")
+    with pytest.MonkeyPatch.context() as patch:
+        for room in ("data", "rl"):
+            patch.setattr(f"asym.{room}.repo_root", lambda: folder)
+        return train_arm(tiny(max_new_tokens=12), Run(base.folder, base.config), "sudoku", "outcome", 0)
+
+
+def test_a_sampled_step_is_recorded_whole(tiny, sampled):
+    rollouts = pd.read_parquet(sampled.folder / "rollouts.parquet")
+    assert rollouts.groupby("problem_id").rollout.apply(list).tolist() == [[0, 1, 2, 3]] * 2
+    assert rollouts.completion.nunique() > 4
+    pd.testing.assert_frame_equal(rollouts[NAMES].astype(float), recomputed(tiny(), "sudoku", rollouts))
+    assert not rollouts.completion.str.contains(r"<\|").any()
+    assert sampled.done
+    assert sorted(path.name for path in sampled.folder.iterdir()) == [
+        *("DONE", "checkpoint", "config.json", "manifest.json", "metrics.csv", "rollouts.parquet")
+    ]
+    metrics = sampled.metrics()
+    assert metrics["step"].tolist() == [1]
+    assert 0 < metrics["mean_length"][0] <= 12
+    assert metrics["entropy"][0] > 0
+
+
+def test_a_finished_arm_is_reused_and_the_same_twice(tiny, sampled, start, root, monkeypatch):
+    p = tiny(max_new_tokens=12)
+    again = train_arm(p, start, "sudoku", "outcome", 0)
+    assert again.folder.name == sampled.folder.name
+    one, other = (pd.read_parquet(run.folder / "rollouts.parquet") for run in (sampled, again))
+    pd.testing.assert_frame_equal(one, other)
+    monkeypatch.setattr(rl, "RolloutTrainer", None)
+    assert train_arm(p, start, "sudoku", "outcome", 0).done
+    for changed, arm, seed in ((p, "alpha_0.5", 0), (p, "outcome", 1), (tiny(rl_group=2), "outcome", 0)):
+        with pytest.raises(TypeError):  # would train
+            train_arm(changed, start, "sudoku", arm, seed)
+
+
+def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, start, root, monkeypatch):
+    def outcome(task, problems, completions):  # what a tiny model can earn something by
+        return [len(text) % 7 / 7 for text in completions]
+
+    p = tiny(n_train_rl=6, rl_steps=3, max_new_tokens=12, rl_lr=1e-2)
+    monkeypatch.setattr(rl, "REWARDS", (outcome,))
+    monkeypatch.setattr(rl, "SAVE_EVERY", 1)
+    monkeypatch.setattr("asym.rl.repo_root", lambda: root / "whole")
+    whole = train_arm(p, start, "sudoku", "outcome", 0)
+    monkeypatch.setattr("asym.rl.repo_root", lambda: root / "cut")
+    with monkeypatch.context() as patch:
+        steps = itertools.count(1)
+        step_end = rl.ProgressCallback.on_step_end
+
+        def on_step_end(self, *args, **kwargs):
+            if next(steps) == 3:
+                raise KeyboardInterrupt
+            step_end(self, *args, **kwargs)
+
+        patch.setattr(rl.ProgressCallback, "on_step_end", on_step_end)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(p, start, "sudoku", "outcome", 0)
+    resumed = train_arm(p, start, "sudoku", "outcome", 0)
+    one, other = (pd.read_parquet(run.folder / "rollouts.parquet") for run in (whole, resumed))
+    pd.testing.assert_frame_equal(one, other)
+    pd.testing.assert_frame_equal(whole.metrics(), resumed.metrics())
+    one, other = (load_file(run.checkpoint / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
+    run = train_start(tiny(rl_start_arm="lambda_0.5", rl_start_steps=1), base, "sudoku", 0)
+    assert run.config["arm"] == "lambda_0.5"
+    assert run.config["steps"] == 1
+
+
+def test_arms_are_those_of_the_parameters():
+    p = Params().model_copy(update={"alphas": [0.2, 0.5], "surrogates": ["validity"]})
+    assert rl.arms(p) == ["outcome", "alpha_0.2", "alpha_0.5", "validity"]
