@@ -24,7 +24,7 @@ from asym.tasks import Drawing
 from asym.transcript import compose
 
 TRANSCRIBE = "Transcribe the image."
-TEXT_SHARE = 0.5  # of the vision stage that stays text
+TEXT_SHARE = 0.25  # of the vision stage that stays text
 # Short deductions in a nearly canonical order: wandering, checking and restating are what SFT brings.
 BASE_VARIATION, BASE_VERBOSITY = 0.2, 0
 

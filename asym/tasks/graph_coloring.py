@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from asym.tasks.task import Canvas, Drawing, Variation, is_int, read_json
+from asym.tasks.task import OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
 
 MAX_VERTICES = len(ascii_lowercase)  # one letter per color, and the exact search stays instant
-_SO = ("so", "hence", "then", "thus")
+_NEAR = ("near", "by", "beside", "meets", "touches", "joins")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class GraphColoring:
         clique = choices.order(_largest_clique(problem))
         count = chromatic_number(problem)
         if len(clique) == count:
-            lines.append(f"clique {' '.join(map(str, clique))}, {choices.pick(_SO)} {count} colors.")
+            lines.append(f"clique {' '.join(map(str, clique))}, {choices.pick(SO)} {count} colors.")
         else:  # an odd wheel, say: colors beyond the clique
-            lines.append(f"clique {' '.join(map(str, clique))}, not enough, {choices.pick(_SO)} {count} colors.")
+            lines.append(f"clique {' '.join(map(str, clique))}, not enough, {choices.pick(SO)} {count} colors.")
         for vertex in order:
             waiting = [v for v in range(problem.n) if v not in colors and v != vertex]
             if waiting and choices.happens("look", 0.15):
@@ -113,8 +113,8 @@ class GraphColoring:
             line = _near(problem, vertex, colors, choices)
             if used and choices.happens("slip", 0.06):  # a mistake, noticed and mended
                 wrong = choices.pick(sorted(used))
-                line += f", {choices.pick(_SO)} {wrong}? no, near {wrong}"
-            lines.append(f"{line}, {choices.pick(_SO)} {vertex} {color}.")
+                line += f", {choices.pick(SO)} {wrong}? no, near {wrong}"
+            lines.append(f"{line}, {choices.pick(SO)} {vertex} {color}.")
             colors[vertex] = color
             restatements = _restate(problem, vertex, used, colors)
             lines += [restatements[k % len(restatements)] for k in range(verbosity)]
@@ -273,7 +273,7 @@ def _first_fit(graph: Graph, order: list[int]) -> int:
 def _near(graph: Graph, vertex: int, colors: dict[int, str], choices: Variation) -> str:
     """A vertex with its neighbours and the colors they have so far."""
     near = [f"{v} {colors.get(v, '-')}" for v in choices.order(graph.neighbours[vertex])]
-    return f"{vertex}: near {' '.join(near) or 'none'}"
+    return f"{choices.pick(OPENERS)} {vertex}: {choices.pick(_NEAR)} {' '.join(near) or 'none'}"
 
 
 def _restate(graph: Graph, vertex: int, used: set[str], colors: dict[int, str]) -> list[str]:

@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from asym.tasks.task import Canvas, Drawing, Variation, is_int, read_json
+from asym.tasks.task import OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
 
 Grid = tuple[tuple[int, ...], ...]  # 0 is a blank
 
 SEARCH_BUDGET = 20_000  # cells tried; real puzzles take a few hundred, a hostile "perception" must not take forever
-_SO = ("so", "hence", "then", "thus")
-_REASONS = ("row", "column", "box")
+_UNITS = {"row": ("row", "line", "across"), "column": ("column", "down", "file"), "box": ("box", "block", "square")}
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class _Trace:
         return " ".join(lines), json.dumps(self.cells)
 
     def options(self, cell: tuple[int, int]) -> list[int]:
-        used = {digit for kind in _REASONS for digit in self.held(cell, kind)}
+        used = {digit for kind in _UNITS for digit in self.held(cell, kind)}
         return [digit for digit in range(1, self.n + 1) if digit not in used]
 
     def held(self, cell: tuple[int, int], kind: str) -> list[int]:
@@ -261,10 +260,11 @@ class _Trace:
         return [self.cells[i][j] for i, j in units(self.n)[index]]
 
     def evidence(self, cell: tuple[int, int]) -> str:
-        seen = [
-            " ".join([kind, *(str(d or "-") for d in self.unit(cell, kind))]) for kind in self.choices.order(_REASONS)
-        ]
-        return f"{_cell(cell)}: {', '.join(seen)}"
+        seen = []
+        for kind in self.choices.order(_UNITS):
+            digits = (str(digit or "-") for digit in self.unit(cell, kind))
+            seen.append(" ".join([self.choices.pick(_UNITS[kind]), *digits]))
+        return f"{self.choices.pick(OPENERS)} {_cell(cell)}: {', '.join(seen)}"
 
     def look(self, cell: tuple[int, int]) -> str:
         return f"{self.evidence(cell)}, {self.choices.pick(('open', 'not yet', 'later'))}."
@@ -273,10 +273,10 @@ class _Trace:
         digit = self.options(cell)[0]
         line = self.evidence(cell)
         if self.choices.happens("slip", 0.06):  # a mistake, noticed and mended
-            kind = self.choices.pick([kind for kind in _REASONS if self.held(cell, kind)])
+            kind = self.choices.pick([kind for kind in _UNITS if self.held(cell, kind)])
             wrong = self.choices.pick(self.held(cell, kind))
-            line += f", {self.choices.pick(_SO)} {wrong}? no, {kind} has {wrong}"
-        yield f"{line}, {self.choices.pick(_SO)} {_cell(cell)} {digit}."
+            line += f", {self.choices.pick(SO)} {wrong}? no, {kind} has {wrong}"
+        yield f"{line}, {self.choices.pick(SO)} {_cell(cell)} {digit}."
         yield from self.place(cell, digit)
 
     def trial(self, cell: tuple[int, int]) -> Iterator[str]:

@@ -91,6 +91,11 @@ def is_int(value: Any) -> bool:
     return type(value) is int
 
 
+# Words that mean the same: what a trace says is fixed by the problem, how it says it is not.
+OPENERS = ("now", "next", "ok", "look", "well", "and", "here", "fine")
+SO = ("so", "hence", "then", "thus", "therefore", "giving", "leaving", "making")
+
+
 class Variation:
     """The free choices of a trace, from one canonical trace (0) to freely varied (1), at equal expected length.
 
@@ -118,7 +123,7 @@ class Variation:
         """Whether an optional remark is made here; `rate` is its long-run frequency."""
         if self._free():
             return self.rng.random() < rate
-        self._owed[remark] = self._owed.get(remark, 0.0) + rate
+        self._owed[remark] = self._owed.get(remark, 0.5) + rate
         if self._owed[remark] < 1:
             return False
         self._owed[remark] -= 1
