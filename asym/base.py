@@ -26,7 +26,7 @@ from asym.transcript import compose
 TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.25  # of the vision stage that stays text
 # Short deductions in a nearly canonical order: wandering, checking and restating are what SFT brings.
-BASE_VARIATION, BASE_VERBOSITY = 0.2, 0
+BASE_VARIATION, BASE_VERBOSITY = 0.1, 0
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from asym.scoring import score
 from asym.tasks import Drawing, GraphColoring, Sudoku, get_task
 from asym.tasks.graph_coloring import Graph, _layout, chromatic_number, optimal_coloring
-from asym.tasks.sudoku import _all_solutions_4x4, _random_solution, solutions, units
+from asym.tasks.sudoku import _UNITS, _all_solutions_4x4, _random_solution, solutions, units
 from asym.tasks.task import Canvas
 from asym.transcript import compose
 
@@ -344,15 +344,15 @@ def test_variation_leaves_the_mean_length_about_equal(task):
 @pytest.mark.parametrize("variation", [0.0, 1.0])
 def test_a_sudoku_trace_states_only_what_is_so(variation):
     """Followed step by step: every row, column and box named holds what it says, every digit is the solution's."""
-    task = Sudoku()
+    task, kinds = Sudoku(), {word: kind for kind, words in _UNITS.items() for word in words}
     for k, problem in enumerate(some(task, 20)):
         solution, cells = task.solve(problem), [list(row) for row in problem]
         for line in re.findall(r"r\dc\d: [^.]*", task.explain(problem, Random(k), 0, variation)[0]):
             r, c = int(line[1]) - 1, int(line[3]) - 1
             box = [cells[i][j] for i, j in product(range(4), range(4)) if (i // 2, j // 2) == (r // 2, c // 2)]
             held = {"row": cells[r], "column": [row[c] for row in cells], "box": box}
-            stated = dict(re.findall(r"(row|column|box)((?: [\d-])+)", line))
-            assert {kind: text.replace("-", "0").split() for kind, text in stated.items()} == {
+            stated = re.findall(r"([a-z]+)((?: [\d-])+)(?:,|$)", ",".join(line.split(",")[:3]))
+            assert {kinds[word]: text.replace("-", "0").split() for word, text in stated} == {
                 kind: list(map(str, unit)) for kind, unit in held.items()
             }
             if placed := re.search(rf" {line[:4]} (\d)$", line):
