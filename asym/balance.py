@@ -3,6 +3,7 @@
 L_p and L_r are means over their own tokens, so λ alone says what each segment weighs (arXiv 2605.29496).
 """
 
+import re
 from dataclasses import dataclass
 from math import nan
 from typing import ClassVar, Protocol
@@ -73,6 +74,6 @@ def balance_of(arm: str) -> Balance:
     if arm == "ngdiff":
         return NGDiff()
     kind, _, value = arm.partition("_")
-    if kind == "lambda" and 0 <= float(value) <= 1:
+    if kind == "lambda" and re.fullmatch(r"[01]|0\.\d+", value):
         return Fixed(float(value))
     raise ValueError(f"unknown SFT arm {arm!r}: allowed are token_averaged, lambda_<0..1>, ngdiff")

@@ -44,6 +44,8 @@ def measure(
         "split": split,
         "rollouts": rollouts,
     }
+    if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
+        config["seed"] = seed
     run = Run.open(repo_root(), f"rows-{task}-{arm}", config)
     path = run.folder / "rows.parquet"
     if not run.done:

@@ -167,8 +167,11 @@ def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     if not (folder / "adapter_config.json").exists():
         return AutoModelForImageTextToText.from_pretrained(folder), processor
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model = AutoModelForImageTextToText.from_pretrained(base)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload(), processor
+    stacked = (Path(base) / "adapter_config.json").exists()  # RL with LoRA from an SFT checkpoint with LoRA
+    model = load(Path(base))[0] if stacked else AutoModelForImageTextToText.from_pretrained(base)
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model.name_or_path = str(folder)  # what an adapter trained on it says it needs
+    return model, processor
 
 
 def lora(p: Params) -> LoraConfig | None:

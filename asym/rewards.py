@@ -5,6 +5,7 @@ The first four need the ground truth of perception or answer; the rest are *surr
 need no perception labels.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -89,7 +90,7 @@ def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
     """
     if arm == "outcome":
         return {"outcome": 1.0}
-    if arm.startswith("alpha_"):
+    if re.fullmatch(r"alpha_([01]|0\.\d+)", arm):
         alpha = float(arm.removeprefix("alpha_"))
         return {"perception": alpha, "outcome": 1 - alpha}
     if arm in {surrogate.__name__ for surrogate in SURROGATES}:

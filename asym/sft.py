@@ -11,7 +11,6 @@ the full pass needs to give only g_r.
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import nan
 from typing import Any
 
 import pandas as pd
@@ -246,12 +245,13 @@ def fit(
         callbacks=[ProgressCallback(label)],
     )
     trainer.remove_callback(PrinterCallback)
-    with threads(p.threads):
-        trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
+    if steps:  # 0 leaves a stage out; the trainer would take it for "as many as there are"
+        with threads(p.threads):
+            trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
     models.save(trainer.model, processor, run.checkpoint)
-    log = [{name: entry.get(name, nan) for name in ("step", *METRICS)} for entry in trainer.state.log_history]
-    write_csv(run.folder / "metrics.csv", pd.DataFrame(log).dropna(subset=["loss_reasoning"]))
-    shutil.rmtree(run.folder / "trainer")
+    log = pd.DataFrame(trainer.state.log_history, columns=["step", *METRICS])
+    write_csv(run.folder / "metrics.csv", log.dropna(subset=["loss_reasoning"]))
+    shutil.rmtree(run.folder / "trainer", ignore_errors=True)
 
 
 @contextmanager

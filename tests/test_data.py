@@ -107,15 +107,6 @@ def test_only_the_training_splits_depend_on_the_seed(tiny, name):
         assert rows[split, 0] == rows[split, 1]
 
 
-@pytest.mark.parametrize("knob", [{"variation": 0.0}, {"verbosity": 5}])
-def test_the_images_do_not_depend_on_the_text(tiny, knob):
-    """Dose–response compares arms by problem: they must see the same drawings."""
-    one, other = (build_split(p, "sudoku", "test", 0) for p in (tiny(), tiny(**knob)))
-    assert one["ground_truth"] == other["ground_truth"]
-    assert one["response"] != other["response"]
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(one["image"], other["image"], strict=True))
-
-
 def test_more_problems_begin_with_the_same_ones(tiny):
     few, many = (build_split(tiny(n_test=n), "sudoku", "test", 0)[:3] for n in (3, 6))
     assert few == many

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from asym import models, sft
 from asym.balance import Fixed, NGDiff, Segments, TokenAveraged, balance_of
+from asym.base import train_base
 from asym.data import build_split
 from asym.params import Params
 from asym.sft import METRICS, ProgressCallback, SegmentCollator, SegmentSFTTrainer, train_arm
@@ -382,3 +383,11 @@ def test_the_base_is_one_model_for_both_tasks_and_saw_no_response_format(base):
     assert {path.name.rsplit("-", 1)[0] for path in Path(base.folder).parent.iterdir()} == {"base", "base-language"}
     assert len(base.metrics()) == 1
     assert base.metrics()["token_share"].tolist() == [0.0]
+
+
+def test_a_stage_of_no_steps_leaves_the_weights_as_they_were(tiny, root):
+    base = train_base(tiny(language_steps=0, vision_steps=0), 0)
+    (language,) = root.glob("runs/base-language-*/checkpoint/model.safetensors")
+    one, other = load_file(language), load_file(base.checkpoint / "model.safetensors")
+    assert_same(one, other, atol=0, rtol=0)
+    assert len(base.metrics()) == 0

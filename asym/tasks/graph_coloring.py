@@ -254,7 +254,7 @@ def _greedy_order(graph: Graph, choices: Variation) -> list[int]:
     """An order in which taking the first free color is optimal; canonically that of the labels, if it is."""
     optimal = optimal_coloring(graph)
     order = choices.order(range(graph.n))
-    for _ in range(200):
+    for _ in range(200 if choices.variation else 1):
         if _first_fit(graph, order) == max(optimal) + 1:
             return order
         order = choices.rng.sample(order, graph.n)
