@@ -57,7 +57,8 @@ class NGDiff:
     """λ = ‖g_r‖ / (‖g_p‖ + ‖g_r‖): the step goes along g_p/‖g_p‖ + g_r/‖g_r‖, to first order harmless to either loss.
 
     Normalised gradient difference was made for unlearning, where one loss goes up (Bu et al., arXiv 2410.22086); here
-    both go down.
+    both go down. "Harmless" is said of plain gradient descent; under AdamW, which rescales every coordinate, it is a
+    heuristic.
     """
 
     needs_gradients = True

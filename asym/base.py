@@ -94,7 +94,8 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
 
     Returns:
         One row per response: task, family, stage, arm, seed, mode, problem_id, ground_truth, completion, a, a_p,
-        a_p_graded. `mode` is transcribe_clean or transcribe_study (drawings; a_p counts) or puzzle_in_words (a counts).
+        a_p_graded, parse_failure. `mode` is transcribe_clean or transcribe_study (drawings; a_p counts) or
+        puzzle_in_words (a counts). The completions are in the base's own format, not in that of the study.
     """
     task, modes, rows = task_of(p, name), ("transcribe_clean", "transcribe_study", "puzzle_in_words"), []
     chosen = list(itertools.islice(problems(task, "validation", 0), p.n_validation))
@@ -115,6 +116,7 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
             scores = score(task, problem, compose(*lines))
             row = {"mode": mode, "problem_id": f"{name}/validation/{index}", "ground_truth": task.ground_truth(problem)}
             row |= {"completion": text, "a": scores.a, "a_p": scores.a_p, "a_p_graded": scores.a_p_graded}
+            row["parse_failure"] = scores.parse_failure
             rows.append(row)
     about = {"task": name, "family": p.family, "stage": "base", "arm": "base", "seed": p.seeds[0]}
     return pd.DataFrame(rows).assign(**about)[[*about, *rows[0]]]

@@ -31,7 +31,7 @@ PAPER = {
     "C8": "up to +6.0",
     "C9": "up to +3.2",
 }  # "yes" for the others: stated without a figure
-SURROGATES = ("self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence")
+CANDIDATES = ("solver_blindfold", "validity", "group_agreement")
 CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
 QUARTER = 25.0  # points: a share below one half by more than this is "far below"
@@ -42,7 +42,9 @@ Part = tuple[str, Estimate, float]  # claim, estimate, threshold
 
 
 def verdict(low: float, high: float, threshold: float = 0.0) -> str:
-    """The rule above; a nan interval is inconclusive."""
+    """The rule above; an interval that is nan, or just 0 because no response differs, is inconclusive."""
+    if low == high == 0:
+        return "inconclusive"
     if low > threshold:
         return "reproduced"
     return "not reproduced" if high < threshold else "inconclusive"
@@ -141,7 +143,7 @@ def c8(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
 
 def c9(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """The best label-free surrogate beats outcome-only in a."""
-    arms = [arm for arm in SURROGATES if arm in set(rl_rows.arm)]
+    arms = [arm for arm in CANDIDATES if arm in set(rl_rows.arm)]
     yield "C9", best_against(rl_rows, arms, ["outcome"], resamples), 0.0
 
 
@@ -153,7 +155,7 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
     """
     pooled = screening[(screening.perception == "a_p") & (screening.scope == "pooled")]
     scores = pooled.set_index("surrogate").r.dropna()
-    arms = [arm for arm in (*SURROGATES, CONTROL) if arm in scores and arm in set(rl_rows.arm)]
+    arms = [arm for arm in (*CANDIDATES, CONTROL) if arm in scores and arm in set(rl_rows.arm)]
     if len(arms) < 2:
         yield "C10", UNTESTED, 0.0
         return

@@ -29,11 +29,9 @@ ARMS = {  # in the order they are drawn; the mixtures lambda_… and alpha_… f
     "token_averaged": "token-averaged",
     "outcome": "outcome only",
     "ngdiff": "NGDiff",
-    "self_blindfold": "self-blindfold",
     "solver_blindfold": "solver-blindfold",
     "validity": "validity",
     "group_agreement": "group agreement",
-    "image_dependence": "image dependence",
     "answer_consistency": "answer consistency",
 }
 GREEK = {"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")}

@@ -99,7 +99,7 @@ def build_processor(texts: Iterable[str], p: Params) -> ProcessorMixin:
 
 
 def build_model(processor: ProcessorMixin, p: Params, seed: int) -> PreTrainedModel:
-    """A Qwen3-VL with random weights at the study's size; every width ratio is that of the released models."""
+    """A Qwen3-VL with random weights at the study's size; proportions near the released models'."""
     token = processor.tokenizer.convert_tokens_to_ids
     head_dim = p.hidden_size // p.heads
     rotary = head_dim // 2

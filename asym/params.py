@@ -4,6 +4,7 @@ A study is a flat YAML file of these keys (`Params.load`) or the parameters cell
 Both are checked completely before anything is computed; what is wrong is told at once, one line per problem.
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -50,14 +51,14 @@ class Params(BaseModel):
 
     # Study
     study: str = Field("smoke", description="name of the study and of its folder in results/")
-    seeds: list[Natural] = Field([0], min_length=1, description="one complete study per seed, from data to claims")
+    seeds: list[Natural] = Field([0], min_length=1, description="seeds of post-training; the base has the first")
     tasks: list[Task] = Field(["sudoku", "graph_coloring"], min_length=1, description="puzzles to study")
     family: Literal["qwen3_vl"] = Field("qwen3_vl", description="model architecture")
     threads: Count = Field(2, description="CPU threads of torch")
 
     # Puzzles and drawings
-    vertices_min: int = Field(5, ge=2, le=16, description="graph coloring: fewest vertices")
-    vertices_max: int = Field(6, ge=2, le=16, description="graph coloring: most vertices")
+    vertices_min: int = Field(5, ge=2, le=12, description="graph coloring: fewest vertices")
+    vertices_max: int = Field(6, ge=2, le=12, description="graph coloring: most vertices")
     sudoku_size: Literal[4, 9] = Field(4, description="sudoku: cells per side")
     blanks_min: Count = Field(5, description="sudoku: fewest blank cells")
     blanks_max: Count = Field(8, description="sudoku: most blank cells")
@@ -139,6 +140,13 @@ class Params(BaseModel):
             raise ValueError("must not name the same value twice")
         return value
 
+    @field_validator("lambdas", "alphas")
+    @classmethod
+    def _nameable(cls, value: list[float]) -> list[float]:
+        if any(round(item, 4) != item for item in value):
+            raise ValueError("must have at most four decimals, for they name the arms")
+        return value
+
     @field_validator("vertices_max", "blanks_max")
     @classmethod
     def _not_below_minimum(cls, value: int, info: ValidationInfo) -> int:
@@ -151,7 +159,7 @@ class Params(BaseModel):
     @classmethod
     def _leaves_enough_givens(cls, value: int, info: ValidationInfo) -> int:
         size = info.data.get("sudoku_size", 9)
-        most = {4: 12, 9: 64}[size]  # with fewer than 4 or 17 givens no puzzle of that size has only one solution
+        most = {4: 12, 9: 45}[size]  # with more, random blanks hardly ever leave one solution
         if value > most:
             raise ValueError(f"must be at most {most} for sudoku_size = {size}")
         return value
@@ -204,9 +212,12 @@ class Params(BaseModel):
     def from_notebook(cls, namespace: dict[str, Any]) -> Self:
         """Take every name of `namespace` (a notebook's `globals()`) that is a parameter; the rest stay at defaults.
 
-        Raises ParamsError.
+        Raises ParamsError, also for a name that papermill injected and that is no parameter.
         """
-        return cls._checked({k: namespace[k] for k in cls.model_fields if k in namespace}, {}, "notebook", [])
+        injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
+        assigned = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+        names = dict.fromkeys([*cls.model_fields, *(target.id for node in assigned for target in node.targets)])
+        return cls._checked({name: namespace[name] for name in names if name in namespace}, {}, "notebook", [])
 
     def digest(self, *fields: str) -> str:
         """`digest` of the named fields, or of all."""

@@ -2,7 +2,7 @@
 
 Stated choices, the same for every arm: on-policy (one update per batch of rollouts), advantages normalised within the
 prompt group, token-level loss over the batch ("dapo"), clipping at 0.2 (which an on-policy step never reaches), and the
-temperature, KL weight and group size of the parameters.
+temperature, KL weight and group size of the parameters; a constant learning rate, gradients clipped at norm 1.
 """
 
 import shutil
@@ -130,8 +130,8 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     write_csv(run.folder / "metrics.csv", pd.DataFrame(columns))
     steps = sorted(trainer.rollouts.glob("*.parquet"))
     write_parquet(run.folder / "rollouts.parquet", pd.concat(map(pd.read_parquet, steps), ignore_index=True))
+    shutil.rmtree(run.folder / "trainer")  # before the rollouts: with its checkpoint gone, all is done again
     shutil.rmtree(trainer.rollouts)
-    shutil.rmtree(run.folder / "trainer")
     run.finish()
     return run
 

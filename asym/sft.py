@@ -1,7 +1,8 @@
 """Supervised fine-tuning with perception and reasoning weighed apart: TRL's trainer, its loss taken by segment.
 
 The loss of a step is λ·Σ_p/n_p + (1 − λ)·Σ_r/n_r, where Σ and n are sums and counts over the *accumulated* batch: a
-batch of 8 and 8 accumulated batches of 1 are the same step. With λ = n_p/(n_p + n_r) it is the stock trainer's loss.
+batch of 8 and 8 accumulated batches of 1 are the same step. With λ = n_p/(n_p + n_r) it is the stock trainer's loss
+(which, for a model that does not take `num_items_in_batch`, averages accumulated batches instead of their tokens).
 
 Where the two gradients are needed apart (NGDiff at every step, the other arms at every `LOG_EVERY`-th), causality
 helps: L_p depends only on the prefix up to the end of the perception, so a pass over that prefix gives g_p exactly and
@@ -209,7 +210,10 @@ def fit(
     seed: int,
     accumulation: int = 1,
 ) -> None:
-    """Train with AdamW (linear decay, 5 % warm-up) and leave checkpoint and metrics in the run; resumes by itself."""
+    """Train with AdamW (linear decay, 5 % warm-up, gradients clipped at norm 1); resumes by itself.
+
+    Leaves checkpoint and metrics in the run.
+    """
     arguments = SFTConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=steps,

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -40,8 +41,8 @@ def run_study(
 ) -> None:
     """Execute the notebooks of the repository at `root`, or those whose names start with one of `only`.
 
-    Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds since the
-    study's runs were empty, over all resumptions; "complete" is true once every notebook ran with these parameters.
+    Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds spent on
+    the study, resumptions included; "complete" is true once every notebook ran with these parameters.
     Raises ParamsError before anything is computed, NotebookError when a cell fails.
     """
     root = root or repo_root()
@@ -52,6 +53,10 @@ def run_study(
     before = read_manifest(results)
     if only and before.get("digest", params.digest()) != params.digest():
         raise ParamsError(f"{results}: study = {params.study!r}: must have the same parameters as before, or no --only")
+
+    if before.get("digest", params.digest()) != params.digest():  # nothing of other parameters stays beside the new
+        for part in ("tables", "rows", "figures", "notebooks"):
+            shutil.rmtree(results / part, ignore_errors=True)
 
     run = Run.open(root, params.study, params.model_dump())
     clock_file, feed = run.folder / "clock.json", run.folder / "progress.jsonl"
@@ -76,8 +81,8 @@ def run_study(
 def write_readme(root: Path) -> None:
     """Refresh the tables in README.md, so that no number in it is typed.
 
-    Between `<!-- table: PATH -->` and `<!-- end -->` stands the CSV file at PATH, numbers to one decimal (correlations
-    and shares to two), intervals in brackets.
+    Between `<!-- table: PATH -->` and `<!-- end -->` stands the CSV file at PATH, estimates to one decimal
+    (correlations to two), their intervals in brackets.
     """
     readme = root / "README.md"
     if not readme.exists():

@@ -191,3 +191,9 @@ def test_merging_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
     assert len(merged) == len(both)
     pd.testing.assert_frame_equal(merge_claims(merged, again), merged)
     pd.testing.assert_frame_equal(merge_claims(rl, again)[COLUMNS], merged)
+
+
+def test_arms_that_never_differ_settle_nothing():
+    """Both at the floor: "not worse" would hold of any two models."""
+    assert verdict(0.0, 0.0, -2.0) == "inconclusive"
+    assert verdict(-1.0, 1.0, -2.0) == "reproduced"

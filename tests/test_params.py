@@ -127,3 +127,14 @@ def test_digest_depends_on_the_named_fields_only():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     with pytest.raises(AttributeError):
         Params().digest("no_such_field")
+
+
+def test_a_name_that_papermill_injected_and_nobody_knows_is_refused():
+    namespace = {"In": ["", "# Parameters\nlamdas = [0.1]\nstudy = 'x'\n"], "lamdas": [0.1], "study": "x", "other": 1}
+    with pytest.raises(ParamsError, match=r"lamdas = \[0\.1\].*did you mean lambdas"):
+        Params.from_notebook(namespace)
+
+
+def test_weights_must_have_a_name():
+    with pytest.raises(ParamsError, match="four decimals"):
+        Params.from_notebook({"lambdas": [1e-5]})
