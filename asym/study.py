@@ -158,7 +158,8 @@ def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
         cell.metadata.pop("execution", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill's is random
-    text = re.sub(r'[^\s"]*/ipykernel_\d+/\d+\.py', "<cell>", nbformat.writes(notebook))
+    # Anchored at the start of a word: else every character of a picture's base64 would be tried as one
+    text = re.sub(r'(?<![^\s"])[^\s"]*/ipykernel_\d+/\d+\.py', "<cell>", nbformat.writes(notebook))
     paths = {str(root.resolve()): ".", str(root): ".", sys.prefix: ".venv", str(Path.home()): "~"}
     for path in sorted(paths.keys() - {"/"}, key=len, reverse=True):
         text = re.sub(rf"{re.escape(path)}(?![\w-])", paths[path], text)
