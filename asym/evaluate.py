@@ -37,13 +37,10 @@ def measure(
         Columns task, family, stage, arm, seed, mode, problem_id, rollout, ground_truth, completion, a, a_p, a_p_graded,
         a_own, parse_failure, n_tokens. a_r is the mean of `a` where mode is "counterfactual".
     """
-    keys = (f"n_{split}", "n_coupling", "max_new_tokens", "eval_batch", "rl_temperature", "image_size", "prompt_style")
-    config = {key: getattr(p, key) for key in (*keys, f"difficulty_{task}")} | {
-        "trained": trained.folder.name,
-        "task": task,
-        "split": split,
-        "rollouts": rollouts,
-    }
+    keys = [f"n_{split}", "max_new_tokens", "eval_batch", "image_size", "prompt_style", f"difficulty_{task}"]
+    keys += ["n_coupling"] * (split == "train_rl") + ["rl_temperature"] * (rollouts > 1)
+    config = {key: getattr(p, key) for key in keys}
+    config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
     run = Run.open(repo_root(), f"rows-{task}-{arm}", config)

@@ -1,13 +1,14 @@
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from asym.params import ParamsError
 from asym.runs import read_manifest
-from asym.study import NotebookError, run_study
+from asym.study import NotebookError, _portable, run_study
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
 FIRST = ["from pathlib import Path", PATHS, "Path('log').open('a').write('1')"]
@@ -77,3 +78,14 @@ def test_wrong_requests_are_refused_before_anything_runs(repo, only, overrides, 
         run_study(repo / "tiny.yaml", only, overrides, root=repo)
     assert not (repo / "runs").exists()
     assert not (repo / "log").exists()
+
+
+def test_cleaning_a_notebook_takes_time_linear_in_its_pictures():
+    def seconds(size: int) -> float:
+        picture = new_output("display_data", data={"image/png": "aB/9" * (size // 4)})
+        cell = new_code_cell(outputs=[picture])
+        start = time.process_time()
+        _portable(new_notebook(cells=[cell]), Path("/nowhere"))
+        return time.process_time() - start
+
+    assert seconds(1_000_000) < 40 * max(seconds(100_000), 1e-3)  # quadratic: 100 times
