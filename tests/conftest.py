@@ -6,9 +6,14 @@ os.environ["ASYM_PROGRESS"] = "off"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 
 from asym.params import Params
+
+# The same examples at every run, and no deadline: a busy machine is not a failure.
+hypothesis.settings.register_profile("asym", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("asym")
 
 ROOMS = ("data", "sft", "base", "evaluate", "rl")  # those that open run folders
 
