@@ -7,8 +7,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from asym.params import ParamsError
-from asym.runs import read_manifest
-from asym.study import NotebookError, _portable, run_study
+from asym.runs import read_manifest, repo_root
+from asym.study import NotebookError, _portable, run_study, write_readme
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
 FIRST = ["from pathlib import Path", PATHS, "Path('log').open('a').write('1')"]
@@ -89,3 +89,12 @@ def test_cleaning_a_notebook_takes_time_linear_in_its_pictures():
         return time.process_time() - start
 
     assert seconds(1_000_000) < 40 * max(seconds(100_000), 1e-3)  # quadratic: 100 times
+
+
+def test_readme_shows_the_tables_of_results(tmp_path):
+    text = (repo_root() / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "results").symlink_to(repo_root() / "results")
+    write_readme(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert "(not computed yet)" not in text
