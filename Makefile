@@ -15,7 +15,7 @@ test: .venv/.done  ## lint, unit tests, and all notebooks at their default param
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest -n 2
-	.venv/bin/python -m pytest --nbval-lax notebooks/
+	ASYM_RUNS=$$(mktemp -d) .venv/bin/python -m pytest --nbval-lax notebooks/
 
 .venv/.done: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with ensurepip found; install it, or: make PYTHON=/path/to/python" >&2; exit 1; }

@@ -11,6 +11,7 @@ on the other four fifths. Choosing and comparing on the same problems would favo
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import scipy.stats
 
 from asym import stats
 from asym.coupling import counterfactual_reading, coupling_gap
+from asym.runs import write_csv
 from asym.stats import UNTESTED, Estimate, difference_of_gains, paired_difference
 
 COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "paper", "verdict"]
@@ -218,13 +220,17 @@ def claims(
     return _sorted(pd.DataFrame(records, columns=COLUMNS))
 
 
-def merge_claims(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
-    """`old` with the lines of `new` in place of those of the same claim × task × family, by number of claim."""
-    if old is None:
-        return _sorted(new)
+def record(path: Path, found: pd.DataFrame) -> pd.DataFrame:
+    """Put the lines of `found` into the claims table at `path`, in place of those of the same claim × task × family.
+
+    The table is made if new, and returned, by number of claim.
+    """
     keys = ["claim", "task", "family"]
-    kept = old[~old.set_index(keys).index.isin(new.set_index(keys).index)]
-    return _sorted(pd.DataFrame([*kept.to_dict("records"), *new.to_dict("records")], columns=COLUMNS))
+    old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    kept = old[~old.set_index(keys).index.isin(found.set_index(keys).index)]
+    table = _sorted(pd.DataFrame([*kept.to_dict("records"), *found.to_dict("records")], columns=COLUMNS))
+    write_csv(path, table)
+    return table
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:

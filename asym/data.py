@@ -76,15 +76,15 @@ def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     seed = 0 if split in ("validation", "test") else seed
     rows = []
     for index, problem in enumerate(itertools.islice(problems(task, split, seed), getattr(p, f"n_{split}"))):
-        rng = stream(seed, f"{name}/{split}", index, "row")
-        reasoning, answer = task.explain(problem, rng, p.verbosity, p.variation)
+        trace = stream(seed, f"{name}/{split}", index, "trace")  # apart from the drawing's: a knob turns one of them
+        reasoning, answer = task.explain(problem, trace, p.verbosity, p.variation)
         perception = task.transcribe(problem)
         rows.append(
             {
                 "problem_id": f"{name}/{split}/{index}",
                 "task": name,
                 "query": task.prompt(problem, p.prompt_style),
-                "image": task.draw(problem, drawing, rng),
+                "image": task.draw(problem, drawing, stream(seed, f"{name}/{split}", index, "drawing")),
                 "ground_truth": task.ground_truth(problem),
                 "perception": perception,
                 "response": compose(perception, reasoning, answer),

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
+
 from asym.scoring import read, score
 from asym.tasks import Task
 
@@ -81,6 +83,12 @@ def answer_consistency(task: Task, problems: Sequence[Any], completions: Sequenc
 
 LABELLED: tuple[Reward, ...] = (outcome, perception, perception_graded, format)
 SURROGATES: tuple[Reward, ...] = (solver_blindfold, validity, group_agreement, answer_consistency)
+
+
+def with_surrogates(task: Task, rollouts: pd.DataFrame) -> pd.DataFrame:
+    """Rollouts of one task (columns ground_truth, completion) with a column for each surrogate, named after it."""
+    problems = [task.problem(truth) for truth in rollouts.ground_truth]
+    return rollouts.assign(**{each.__name__: each(task, problems, list(rollouts.completion)) for each in SURROGATES})
 
 
 def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:

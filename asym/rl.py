@@ -21,7 +21,7 @@ from asym.models import image_token_ids
 from asym.params import Params
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, repo_root, write_csv, write_parquet
-from asym.sft import ProgressCallback, threads
+from asym.sft import TRAINING, ProgressCallback, threads
 from asym.tasks import Task
 
 SAVE_EVERY = 5  # steps; a step is long
@@ -99,14 +99,9 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
         generation_kwargs={"suppress_tokens": image_token_ids(processor)},
         logging_steps=1,
         save_steps=SAVE_EVERY,
-        save_total_limit=1,
         seed=seed,
         data_seed=seed,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
+        **TRAINING,
     )
     trainer = RolloutTrainer(
         model=model,

@@ -6,7 +6,8 @@
         run.finish()
 
 A file is either there completely or not at all, and DONE is the last one written: a finished run is reused, a
-half-finished one resumes. Left out: locks. Two processes must not work on one run folder at the same time.
+half-finished one resumes. The environment variable ASYM_RUNS names another folder for runs than <root>/runs. Left out:
+locks. Two processes must not work on one run folder at the same time.
 """
 
 import hashlib
@@ -18,10 +19,12 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +80,9 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str, config: dict[str, Any]) -> "Run":
         """The run <root>/runs/<name>-<digest of config>, made if new. `config` must be plain JSON values."""
-        run = cls(root / "runs" / f"{name}-{digest(config)}", config)
+        run = cls(Path(os.environ.get("ASYM_RUNS", root / "runs")) / f"{name}-{digest(config)}", config)
+        if run.done and read_manifest(run.folder).get("code") != _code():
+            warnings.warn(f"{run.folder} was made by other code; delete it to make it anew", stacklevel=2)
         write_json(run.folder / "config.json", config)
         return run
 
@@ -107,7 +112,7 @@ class Run:
         """Write the manifest, with the wall time since `open` and the hash of every file kept, then DONE."""
         kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         kept = [path for path in kept if path.relative_to(self.folder).parts[0] not in ("trainer", "manifest.json")]
-        about = manifest(self.config, time.monotonic() - self.started, kept, self.folder)
+        about = manifest(self.config, time.monotonic() - self.started, kept, self.folder) | {"code": _code()}
         write_json(self.folder / "manifest.json", about | manifest_extra)
         write_text(self.folder / "DONE", "")
 
@@ -135,6 +140,15 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
         "seconds": round(seconds, 1),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def _code() -> str:
+    """The hash of all sources of `asym` that a run depends on: those that neither draw nor judge nor drive."""
+    folder = Path(__file__).parent
+    others = {"__main__.py", "claims.py", "coupling.py", "figures.py", "imbalance.py", "stats.py", "study.py"}
+    sources = sorted(path for path in folder.rglob("*.py") if path.name not in others)
+    return digest([[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")] for path in sources])
 
 
 def _revision() -> str:

@@ -29,6 +29,15 @@ from asym.params import Params
 from asym.runs import Run, progress, repo_root, write_csv
 from asym.transcript import PERCEPTION, REASONING, segment_ids
 
+TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this project, not of a study
+    "save_total_limit": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 LOG_EVERY = 10  # optimizer steps
 SAVE_EVERY = 100  # optimizer steps; what an interruption loses at most
 METRICS = (
@@ -226,17 +235,11 @@ def fit(
         adam_beta2=0.99,
         logging_steps=LOG_EVERY,
         save_steps=SAVE_EVERY,
-        save_total_limit=1,
         seed=seed,
         data_seed=seed,
-        bf16=False,
-        gradient_checkpointing=False,
         max_length=None,  # truncation would eat image tokens
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
+        **TRAINING,
     )
     trainer = SegmentSFTTrainer(
         model=model,

@@ -17,7 +17,6 @@ PERCEPTION, REASONING = 1, 2  # segment ids of tokens; the answer trains with th
 TAGS = tuple(f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/"))
 
 _TAG = re.compile("|".join(TAGS))
-_START_OF_REASONING = "\n<reasoning>"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,11 @@ def compose(perception: str, reasoning: str, answer: str) -> str:
 
 
 def prefill(perception: str) -> str:
-    """The start of a response up to the beginning of its reasoning, for counterfactual reasoning (a_r)."""
-    return f"<perception>{perception}</perception>{_START_OF_REASONING}"
+    """The start of a response up to where its reasoning begins, for counterfactual reasoning (a_r).
+
+    It ends in the line break after the perception: there, unlike within a tag, every tokenizer ends a token.
+    """
+    return f"<perception>{perception}</perception>\n"
 
 
 def split(completion: str) -> Response:

@@ -6,7 +6,7 @@ import pytest
 from synthetic import responses, split
 
 from asym import claims as module
-from asym.claims import COLUMNS, claims, merge_claims, verdict
+from asym.claims import COLUMNS, claims, record, verdict
 
 BASE = {"base": (0.3, 0.1)}
 START = {"start": (0.5, 0.5)}
@@ -179,18 +179,18 @@ def test_one_problem_is_inconclusive_and_no_error():
     assert set(claims(sft_rows=responses(arms, problems=1)).verdict) == {"inconclusive"}
 
 
-def test_merging_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
-    first = merge_claims(None, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
-    first.to_csv(tmp_path / "claims.csv", index=False)
+def test_recording_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
+    path = tmp_path / "tables" / "claims.csv"
+    first = record(path, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
     rl = claims(rl_rows=responses(START | {"outcome": (0.5, 0.9)}))
-    both = merge_claims(pd.read_csv(tmp_path / "claims.csv"), rl)
+    both = record(path, rl)
     assert list(both.claim) == [*first.claim, *rl.claim]
     again = claims(sft_rows=responses(BASE | {"token_averaged": (0.4, 0.9)}))
-    merged = merge_claims(both, again)
+    merged = record(path, again)
     assert merged.set_index("claim").verdict["C1"] == "reproduced"
     assert len(merged) == len(both)
-    pd.testing.assert_frame_equal(merge_claims(merged, again), merged)
-    pd.testing.assert_frame_equal(merge_claims(rl, again)[COLUMNS], merged)
+    pd.testing.assert_frame_equal(record(path, again), merged)
+    pd.testing.assert_frame_equal(pd.read_csv(path), merged)
 
 
 def test_arms_that_never_differ_settle_nothing():

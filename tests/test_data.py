@@ -87,6 +87,15 @@ def test_sizes_and_knobs_reach_the_rows(tiny):
 
 
 @pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("text", [{"variation": 0.0}, {"verbosity": 5}], ids=str)
+def test_the_images_do_not_depend_on_the_text(tiny, name, text):
+    one, other = (build_split(tiny(**changes), name, "test", 0)[:] for changes in ({}, text))
+    assert one["ground_truth"] == other["ground_truth"]
+    assert one["response"] != other["response"]
+    assert [image.tobytes() for image in one["image"]] == [image.tobytes() for image in other["image"]]
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_building_twice_gives_the_same_bytes(tiny, tmp_path, name):
     for k in (0, 1):
         build_split(tiny(), name, "train_rl", 3).to_parquet(tmp_path / f"{k}.parquet")

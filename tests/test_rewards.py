@@ -1,5 +1,6 @@
 import json
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from asym.rewards import (
     solver_blindfold,
     validity,
     weights_of,
+    with_surrogates,
 )
 from asym.tasks import GraphColoring, Sudoku
 from asym.tasks.graph_coloring import Graph
@@ -114,6 +116,14 @@ def test_group_agreement_needs_no_labels():
     wrong = [compose("[[0, 2]]", "", COLORS)] * 3
     assert group_agreement(COLORING, [SQUARE] * 3, wrong) == [1, 1, 1]
     assert perception(COLORING, [SQUARE] * 3, wrong) == [0, 0, 0]
+
+
+def test_surrogates_are_scored_in_columns_of_their_own():
+    texts = [compose(SEEN, "…", GRID), compose(GRID, "…", GRID), ""]
+    truth = SUDOKU.ground_truth(PUZZLE)
+    found = with_surrogates(SUDOKU, pd.DataFrame({"ground_truth": [truth] * 3, "completion": texts}))
+    assert list(found.solver_blindfold) == solver_blindfold(SUDOKU, [PUZZLE] * 3, texts) == [1, 1, 0]
+    assert set(found.columns) == {"ground_truth", "completion", *(reward.__name__ for reward in SURROGATES)}
 
 
 def test_rewards_are_pure():

@@ -23,6 +23,20 @@ def test_run_folder_is_named_by_its_config(tmp_path):
     assert json.loads((run.folder / "config.json").read_text()) == run.config
 
 
+def test_runs_can_lie_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYM_RUNS", str(tmp_path / "scratch"))
+    assert Run.open(tmp_path, "sft", {}).folder.parent == tmp_path / "scratch"
+
+
+def test_reusing_what_other_code_made_warns(tmp_path, monkeypatch):
+    run = Run.open(tmp_path, "sft", {"seed": 0})
+    run.finish()
+    Run.open(tmp_path, "sft", {"seed": 0})  # warnings are errors
+    monkeypatch.setattr(runs, "_code", lambda: "other")
+    with pytest.warns(UserWarning, match=rf"{run.folder} was made by other code"):
+        Run.open(tmp_path, "sft", {"seed": 0})
+
+
 def test_finish_writes_manifest_then_done(tmp_path, monkeypatch):
     run = Run.open(tmp_path, "sft", {"seed": 0})
     for name in ("metrics.csv", "checkpoint/model.safetensors", "trainer/checkpoint-1/optimizer.pt"):

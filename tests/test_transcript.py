@@ -116,7 +116,6 @@ def test_spans_hold_for_any_content(tokenizer, perception, reasoning):
     assert offsets[n_p - 1][0] < len(f"<perception>{perception}</perception>") <= offsets[n_p][0] + 1
 
 
-@pytest.mark.parametrize("tokenizer", ["small"], indirect=True)
 def test_counterfactual_start_is_a_start_of_the_response_token_by_token(tokenizer):
     ids, _ = encode(tokenizer, RESPONSE)
     start, _ = encode(tokenizer, prefill(SEEN))
