@@ -1,13 +1,28 @@
-"""Batched generation: prompts in, completion texts out."""
+"""Batched generation: prompts in, completion texts out, several times as fast as `generate` on models it knows.
+
+What makes the difference: every distinct prompt is encoded once and its keys and values are shared out to its copies;
+keys and values lie in tensors made for the whole response, so that a step writes a column instead of copying all of
+them; finished rows leave the batch; a step runs the decoder's layers and nothing else. Models that are not in `KNOWN`
+generate with transformers' `generate`.
+"""
 
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from PIL.Image import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asym.models import chat, image_token_ids
 from asym.runs import progress
+
+KNOWN = ("qwen3_vl",)  # model types whose decoder layers `_decode` can run
+LEAVE = 0.85  # finished rows are dropped once fewer than this share of the batch is still being written
+
+
+def known(model: torch.nn.Module) -> bool:
+    """Whether `decode` can run this model."""
+    return model.config.model_type in KNOWN
 
 
 @torch.inference_mode()
@@ -20,6 +35,7 @@ def complete(
     *,
     max_new_tokens: int,
     batch: int,
+    copies: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
     label: str = "generating",
@@ -28,30 +44,153 @@ def complete(
 
     Args:
         prefixes: text every response is made to start with; part of the returned completion.
+        batch: completions written at once.
+        copies: completions of each prompt.
         temperature: 0 decodes greedily.
         seed: of the sampling; the same seed, batch size and machine give the same texts.
 
     Returns:
-        Completion texts without special tokens, in the order of the prompts.
+        Completion texts without special tokens: all of the first prompt, then all of the second, and so on.
     """
     model.eval()
     torch.manual_seed(seed)
     prefixes = prefixes or [""] * len(queries)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    completions = []
-    with progress(label, len(queries)) as bar:
-        for start in range(0, len(queries), batch):
-            rows = slice(start, start + batch)
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "forbidden": image_token_ids(processor)}
+    completions, prompts = [], max(1, batch // copies)
+    with progress(label, len(queries) * copies) as bar:
+        for start in range(0, len(queries), prompts):
+            rows = slice(start, start + prompts)
             pictures = [image for image in images[rows] if image]
             texts = [
                 chat(processor, query, image is not None) + prefix
                 for query, image, prefix in zip(queries[rows], images[rows], prefixes[rows], strict=True)
             ]
             inputs = processor(text=texts, images=pictures or None, padding=True, return_tensors="pt").to(model.device)
-            tokens = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, suppress_tokens=image_token_ids(processor), **sampling
-            )
-            new = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            completions += [prefix + text for prefix, text in zip(prefixes[rows], new, strict=True)]
+            tokens = (decode if known(model) else _generate)(model, inputs, copies, **limits)
+            begun = [prefix for prefix in prefixes[rows] for _ in range(copies)]
+            texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            completions += [prefix + text for prefix, text in zip(begun, texts, strict=True)]
             bar.update(len(texts))
     return completions
+
+
+def decode(
+    model: PreTrainedModel | PeftModel,
+    inputs: dict[str, torch.Tensor],
+    copies: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    forbidden: Sequence[int] = (),
+) -> list[list[int]]:
+    """Write `copies` completions of every prompt; the same tokens as `generate`, which see.
+
+    Args:
+        inputs: what the processor returns for the prompts, left-padded.
+        temperature: 0 decodes greedily.
+        forbidden: tokens that are never written.
+
+    Returns:
+        Token ids, all completions of the first prompt first; an end token, where one was written, is the last.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # its adapters are in its layers
+    decoder, head = model.model.language_model, model.get_output_embeddings()
+    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).reshape(-1)
+
+    mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
+    pictured = (
+        "image_grid_thw" in inputs
+    )  # then the model places tokens itself: an image takes fewer places than tokens
+    positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    encoded = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
+    if pictured:
+        places = places + model.model.rope_deltas[:, 0]
+    states = _KeyValues(encoded.past_key_values, mask, copies, max_new_tokens)
+    logits, places = (rows.repeat_interleave(copies, 0) for rows in (encoded.logits[:, -1], places))
+
+    written = ends[0].new_zeros((len(logits), max_new_tokens))
+    lengths = ends.new_full((len(logits),), max_new_tokens)
+    rows = torch.arange(len(logits), device=model.device)  # those still in the batch
+    for step in range(max_new_tokens):
+        logits[:, forbidden] = -torch.inf
+        chosen = _choose(logits, temperature)
+        written[rows, step] = chosen
+        lengths[rows] = torch.where(torch.isin(chosen, ends), lengths[rows].clamp(max=step + 1), lengths[rows])
+        going = (lengths[rows] > step + 1).nonzero()[:, 0]
+        if not len(going):
+            break
+        if len(going) < LEAVE * len(rows):
+            rows, chosen, places = rows[going], chosen[going], places[going]
+            states.keep(going)
+        hidden = decoder.embed_tokens(chosen)[:, None]  # (B, 1, hidden)
+        rotary = decoder.rotary_emb(hidden, (places + step)[:, None])
+        attended = states.grow()
+        for layer in decoder.layers:
+            hidden = layer(hidden, attention_mask=attended, past_key_values=states, position_embeddings=rotary)
+        logits = head(decoder.norm(hidden[:, 0]))
+    return [ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+
+
+def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The next token of every row: (B, vocabulary) → (B,)."""
+    if not temperature:
+        return logits.argmax(-1)
+    mass = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    # One random number per row, where torch.multinomial draws one per row and token
+    drawn = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device) * mass[:, -1:]
+    return torch.searchsorted(mass, drawn, right=True)[:, 0]
+
+
+class _KeyValues:
+    """Keys and values of a batch, with room for all tokens to come: `update` writes one column and returns views.
+
+    It offers of transformers' `Cache` what decoder layers use. The copies of a prompt lie next to each other.
+    """
+
+    def __init__(self, cache, mask: torch.Tensor, copies: int, room: int):
+        self.length = mask.shape[1]
+        self.layers = []
+        for layer in cache.layers:
+            roomy = [
+                layer.keys.new_empty(
+                    len(mask) * copies, *layer.keys.shape[1:2], self.length + room, layer.keys.shape[3]
+                )
+                for _ in range(2)
+            ]  # (B, heads, T, head_dim)
+            for tensor, encoded in zip(roomy, (layer.keys, layer.values), strict=True):
+                tensor[:, :, : self.length] = encoded.repeat_interleave(copies, 0)
+            self.layers.append(roomy)
+        self.mask = None
+        if not mask.all():  # else nothing is padded and every row attends to all its columns
+            self.mask = torch.nn.functional.pad(mask, (0, room), value=True).repeat_interleave(copies, 0)[:, None, None]
+
+    def grow(self) -> torch.Tensor | None:
+        """Begin the next column; returns which columns each row may attend to (B, 1, 1, T), None for all."""
+        self.length += 1
+        return None if self.mask is None else self.mask[..., : self.length]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        for tensor, column in zip(self.layers[layer], (keys, values), strict=True):
+            tensor[:, :, self.length - 1 : self.length] = column
+        return tuple(tensor[:, :, : self.length] for tensor in self.layers[layer])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all but these rows, which ascend, moving only what is filled."""
+        for tensors in self.layers:
+            for index, tensor in enumerate(tensors):
+                tensor[: len(rows), :, : self.length] = tensor[rows, :, : self.length]
+                tensors[index] = tensor[: len(rows)]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+
+def _generate(model, inputs, copies: int, *, max_new_tokens: int, temperature: float, forbidden) -> torch.Tensor:
+    """What `decode` does, by transformers' `generate`."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    limits = {"max_new_tokens": max_new_tokens, "suppress_tokens": forbidden}
+    written = [model.generate(**inputs, **limits, **sampling)[:, inputs["input_ids"].shape[1] :] for _ in range(copies)]
+    longest = max(tokens.shape[1] for tokens in written)
+    padding = model.generation_config.pad_token_id
+    padded = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in written]
+    return torch.stack(padded, 1).flatten(0, 1)

@@ -1,5 +1,6 @@
 """a, a_p, a_r: one row per response, with problem and text, so that anyone can score it again."""
 
+import itertools
 from dataclasses import asdict
 
 import pandas as pd
@@ -11,7 +12,7 @@ from asym.params import Params
 from asym.runs import Run, repo_root, write_parquet
 from asym.scoring import score
 from asym.sft import threads
-from asym.transcript import prefill
+from asym.transcript import TAGS, prefill
 
 MODES = ("end_to_end", "counterfactual")  # the image alone; the image, and the response begun with the true p*
 
@@ -62,26 +63,34 @@ def _responses(p: Params, trained: Run, name: str, seed: int, split: str, rollou
     task, data = task_of(p, name), load_split(p, name, split, seed)
     if split == "train_rl":
         data = data.select(range(min(p.n_coupling, len(data))))
-    order = [index for index in range(len(data)) for _ in range(rollouts)]
-    queries, images, perceptions = data["query"][:], data["image"][:], data["perception"][:]
-    rows = []
+    columns = ("query", "image", "perception", "problem_id", "ground_truth")
+    queries, images, perceptions, ids, truths = (data[column][:] for column in columns)
+    rows, own = [], [""] * len(data)
     for mode in MODES:
-        starts = [prefill(perceptions[i]) if mode == "counterfactual" else "" for i in order]
+        starts = [prefill(text) if mode == "counterfactual" else "" for text in perceptions]
+        # A greedy response that saw right did begin with the true p*: it is its own counterfactual
+        reusable = mode == "counterfactual" and rollouts == 1
+        kept = [text.startswith(start) and text.endswith(TAGS[-1]) for text, start in zip(own, starts, strict=True)]
+        texts = {i: [own[i]] for i in range(len(data)) if reusable and kept[i]}
+        left = [i for i in range(len(data)) if i not in texts]
         completions = complete(
             model,
             processor,
-            [queries[i] for i in order],
-            [images[i] for i in order],
-            starts,
+            [queries[i] for i in left],
+            [images[i] for i in left],
+            [starts[i] for i in left],
             max_new_tokens=p.max_new_tokens,
             batch=p.eval_batch,
+            copies=rollouts,
             temperature=p.rl_temperature if rollouts > 1 else 0.0,
             seed=seed,
             label=f"{name} {mode.replace('_', '-')}",
         )
-        for k, (i, completion) in enumerate(zip(order, completions, strict=True)):
-            row = {"mode": mode, "rollout": k % rollouts, "completion": completion}
-            row |= {column: data[column][i] for column in ("problem_id", "ground_truth")}
-            row["n_tokens"] = len(processor.tokenizer(completion)["input_ids"])
-            rows.append(row | asdict(score(task, task.problem(row["ground_truth"]), completion)))
+        texts |= {i: completions[k * rollouts : (k + 1) * rollouts] for k, i in enumerate(left)}
+        own = [texts[i][0] for i in range(len(data))]
+        for i, rollout in itertools.product(range(len(data)), range(rollouts)):
+            row = {"mode": mode, "problem_id": ids[i], "rollout": rollout, "ground_truth": truths[i]}
+            row["completion"] = texts[i][rollout]
+            row["n_tokens"] = len(processor.tokenizer(row["completion"])["input_ids"])
+            rows.append(row | asdict(score(task, task.problem(truths[i]), row["completion"])))
     return pd.DataFrame(rows)[COLUMNS]

@@ -3,12 +3,10 @@ from dataclasses import asdict
 
 import pandas as pd
 import pytest
-import torch
 
-from asym import evaluate, models
+from asym import evaluate
 from asym.base import own_format
 from asym.data import load_split, task_of
-from asym.decode import complete
 from asym.evaluate import COLUMNS, measure
 from asym.scoring import score
 from asym.transcript import prefill
@@ -23,15 +21,15 @@ def oracle(monkeypatch):
     """Completions written by hand in place of the tiny model's: right, misread, unfinished, and nonsense in turn."""
     calls = []
 
-    def complete(model, processor, queries, images, prefixes, **settings):
+    def complete(model, processor, queries, images, prefixes, copies, **settings):
         calls.append(settings | {"images": images, "prefixes": prefixes})
-        responses = list(load_split(*oracle.source)["response"])
-        per_problem = len(queries) // len(responses)
-        texts = [response for response in responses for _ in range(per_problem)]
-        elsewhere = responses[-1][: responses[-1].index("<reasoning>")]
+        data = load_split(*oracle.source)
+        place = {image.tobytes(): k for k, image in enumerate(data["image"])}
+        elsewhere = data[-1]["response"].split("<reasoning>")[0]
         misread = lambda text: elsewhere + text[text.index("<reasoning>") :]  # noqa: E731
         edits = (str, misread, lambda text: text[:-9], lambda text: "🙂 <answer>")
-        return [edits[k % 4](text) for k, text in enumerate(texts)]
+        wanted = [(place[image.tobytes()], copy) for image in images for copy in range(copies)]
+        return [edits[(k * copies + copy) % 4](data[k]["response"]) for k, copy in wanted]
 
     oracle = lambda *source: setattr(oracle, "source", source) or calls  # noqa: E731
     monkeypatch.setattr(evaluate, "complete", complete)
@@ -104,6 +102,20 @@ def test_measuring_twice_gives_the_same_rows_and_generates_once(tiny, base, root
     pd.testing.assert_frame_equal(one, measure(tiny(), base, "sudoku", **WHO))
 
 
+def test_a_greedy_response_that_saw_right_is_its_own_counterfactual(tiny, base, root, oracle):
+    p = tiny(n_test=8)
+    calls = oracle(p, "sudoku", "test", 0)
+    rows = measure(p, base, "sudoku", **WHO).set_index(["mode", "problem_id"]).completion
+    own, counterfactual = (rows[mode] for mode in ("end_to_end", "counterfactual"))
+    truths = load_split(p, "sudoku", "test", 0)["perception"][:]
+    seen = [own.iloc[k].startswith(prefill(truths[k])) for k in range(8)]
+    whole = [own.iloc[k].endswith("</answer>") for k in range(8)]
+    assert (own == counterfactual)[[a and b for a, b in zip(seen, whole, strict=True)]].all()
+    asked = calls[1]["prefixes"]
+    assert asked == [prefill(truths[k]) for k in range(8) if not (seen[k] and whole[k])]
+    assert len(asked) == 6
+
+
 def test_sampled_rollouts_form_groups_at_the_rl_temperature(tiny, base, root, oracle):
     p = tiny(n_train_rl=3, n_coupling=2, rl_temperature=0.7)
     calls = oracle(p.model_copy(update={"n_train_rl": 2}), "sudoku", "train_rl", 0)
@@ -128,68 +140,3 @@ def test_own_format_reports_the_base_on_its_three_own_exercises(tiny, base, root
     rows = own_format(tiny(), base, "sudoku")
     assert rows["mode"].value_counts().to_dict() == {"transcribe_clean": 2, "transcribe_study": 2, "puzzle_in_words": 2}
     assert rows.notna().all(axis=None)
-
-
-# Decoding
-
-
-def generate(vlm, rows, **settings) -> list[str]:
-    model, processor = vlm
-    return complete(model, processor, rows["query"], rows["image"], **{"max_new_tokens": 6, "batch": 8} | settings)
-
-
-@pytest.fixture
-def rows(tiny, root):
-    return load_split(tiny(n_test=4), "sudoku", "test", 0)[:]
-
-
-def test_greedy_completions_do_not_depend_on_the_batch(vlm, rows):
-    assert generate(vlm, rows) == generate(vlm, rows, batch=1) == generate(vlm, rows, batch=3)
-
-
-def test_greedy_completion_is_the_argmax_token_by_token(vlm, rows):
-    model, processor = vlm
-    (text,) = complete(model, processor, rows["query"][:1], rows["image"][:1], max_new_tokens=3, batch=1)
-    inputs = processor(
-        text=[models.chat(processor, rows["query"][0], True)], images=rows["image"][:1], return_tensors="pt"
-    )
-    banned, new = models.image_token_ids(processor), []
-    for _ in range(3):
-        with torch.no_grad():
-            logits = model(**inputs).logits[0, -1].clone()
-        logits[banned] = -torch.inf
-        new.append(logits.argmax().view(1, 1))
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], new[-1]], 1)
-        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-            inputs[name] = torch.cat([inputs[name], torch.full((1, 1), value)], 1)
-    assert text == processor.tokenizer.decode(torch.cat(new)[:, 0], skip_special_tokens=True)
-
-
-def test_sampling_repeats_with_its_seed_and_varies_without(vlm, rows):
-    one, same, other = (generate(vlm, rows, temperature=1.0, seed=seed) for seed in (0, 0, 1))
-    assert one == same != other
-
-
-def test_completions_begin_with_their_prefix_and_need_no_image(vlm, rows):
-    model, processor = vlm
-    texts = complete(
-        model, processor, ["Why?", "Why?"], [None, rows["image"][0]], ["<perception>[[1", ""], max_new_tokens=4, batch=2
-    )
-    assert texts[0].startswith("<perception>[[1")
-    assert len(texts[0]) > len("<perception>[[1")
-
-
-def test_a_policy_never_writes_an_image_token(vlm, rows):
-    model, processor = vlm
-    image = models.image_token_ids(processor)
-    with torch.no_grad():  # the image tokens' rows of the tied embedding become the likeliest by far
-        embedding = model.get_input_embeddings().weight
-        embedding[image] = 50 * torch.randn(len(image), embedding.shape[1]).sign()
-    written = []
-    keep = model.generate
-    model.generate = lambda **kwargs: written.append(keep(**kwargs)) or written[-1]
-    generate(vlm, rows, temperature=1.0)
-    prompt = processor(
-        text=[models.chat(processor, rows["query"][0], True)], images=rows["image"][:1], return_tensors="pt"
-    )["input_ids"].shape[1]
-    assert not torch.isin(written[0][:, prompt:], torch.tensor(image)).any()

@@ -5,10 +5,12 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3VLForConditionalGeneration
+from trl import GRPOTrainer
 
+from asym import decode as decoding
 from asym import models, rl
 from asym.data import load_split, task_of
+from asym.decode import decode
 from asym.params import Params
 from asym.rl import REWARDS, train_arm, train_start
 from asym.runs import Run
@@ -31,13 +33,11 @@ def script(monkeypatch, base):
         processor = models.load(base.checkpoint)[1]
         tokenizer = processor.tokenizer
         ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in responses]
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
 
-        def generate(self, input_ids, **kwargs):
-            return torch.cat([input_ids, padded.repeat(len(input_ids) // len(padded), 1)], 1)
+        def decode(model, inputs, copies, **_):
+            return ids * (len(inputs["input_ids"]) * copies // len(ids))
 
-        monkeypatch.setattr(Qwen3VLForConditionalGeneration, "generate", generate)
+        monkeypatch.setattr(rl, "decode", decode)
 
     return script
 
@@ -117,6 +117,55 @@ def test_a_sampled_step_is_recorded_whole(tiny, sampled):
     assert metrics["step"].tolist() == [1]
     assert 0 < metrics["mean_length"][0] <= 12
     assert metrics["entropy"][0] > 0
+
+
+def test_a_group_is_generated_from_one_encoding_of_its_prompt(tiny, start, root, monkeypatch):
+    calls = []
+    monkeypatch.setattr(rl, "decode", lambda *args, **kwargs: calls.append((args, kwargs)) or decode(*args, **kwargs))
+    p = tiny(rl_temperature=0.7)
+    rollouts = pd.read_parquet(train_arm(p, start, "sudoku", "outcome", 0).folder / "rollouts.parquet")
+    (((_, inputs, copies), settings),) = calls
+    assert (len(inputs["input_ids"]), copies) == (2, 4)
+    assert settings["temperature"] == 0.7
+    processor, data = models.load(start.checkpoint)[1], load_split(p, "sudoku", "train_rl", 0)
+    order = [data["problem_id"].index(name) for name in rollouts.problem_id[::4]]
+    assert settings["forbidden"] == models.image_token_ids(processor)
+    chosen = data.select(order)
+    texts = [models.chat(processor, query, True) for query in chosen["query"]]
+    expected = processor(text=texts, images=chosen["image"][:], padding=True, return_tensors="pt")
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, root, script, monkeypatch):
+    compared = []
+    ours = rl.RolloutTrainer._get_per_token_logps_and_entropies
+
+    def both(self, model, input_ids, attention_mask, *args, **kwargs):
+        found = ours(self, model, input_ids, attention_mask, *args, **kwargs)
+        stock = GRPOTrainer._get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs)
+        written = attention_mask[:, -found[0].shape[1] :].bool()
+        compared.append([(a[written], b[written]) for a, b in zip(found[:2], stock[:2], strict=True)])
+        return found
+
+    monkeypatch.setattr(rl, "SCORED_TOGETHER", 3)
+    monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
+    p = tiny(max_new_tokens=400)
+    script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])
+    train_arm(p, start, "sudoku", "outcome", 0)
+    ((logps, entropies),) = compared
+    torch.testing.assert_close(*logps)
+    torch.testing.assert_close(*entropies)
+    assert logps[0].requires_grad
+
+
+def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monkeypatch):
+    monkeypatch.setattr(decoding, "KNOWN", ())
+    monkeypatch.setattr(rl, "decode", None)
+    run = train_arm(tiny(max_new_tokens=12), start, "sudoku", "outcome", 0)
+    rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
+    assert rollouts.groupby("problem_id").rollout.apply(list).tolist() == [[0, 1, 2, 3]] * 2
+    pd.testing.assert_frame_equal(rollouts[NAMES].astype(float), recomputed(tiny(), "sudoku", rollouts))
 
 
 def test_a_finished_arm_is_reused_and_the_same_twice(tiny, sampled, start, root, monkeypatch):
