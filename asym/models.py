@@ -187,6 +187,20 @@ def chat(processor: ProcessorMixin, query: str, image: bool) -> str:
     return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
 
+def take(inputs: dict[str, torch.Tensor], rows: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+    """Some rows (their indices) of a processor's batch, cut to `width` tokens, with their images, at most one a row."""
+    grid, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
+    taken = {k: v[rows, :width] for k, v in inputs.items() if k not in ("image_grid_thw", "pixel_values")}
+    if grid is None:
+        return taken
+    pictured = inputs["mm_token_type_ids"].any(1)
+    images = (pictured.cumsum(0) - 1)[rows[pictured[rows]]]
+    patches = pixels.split(grid.prod(1).tolist())
+    if len(images):
+        taken |= {"image_grid_thw": grid[images], "pixel_values": torch.cat([patches[image] for image in images])}
+    return taken
+
+
 def image_token_ids(processor: ProcessorMixin) -> list[int]:
     """Tokens a policy must not write: an image token without an image is an error in the forward pass."""
     return processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))

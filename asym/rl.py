@@ -24,11 +24,10 @@ from asym.models import image_token_ids
 from asym.params import Params
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, repo_root, write_csv, write_parquet
-from asym.sft import TRAINING, ProgressCallback, threads
+from asym.sft import TOGETHER, TRAINING, ProgressCallback, threads
 from asym.tasks import Task
 
 SAVE_EVERY = 5  # steps; a step is long
-SCORED_TOGETHER = 16  # rollouts per forward pass of the update
 REWARDS = (*LABELLED, *SURROGATES)
 
 
@@ -80,21 +79,19 @@ class RolloutTrainer(GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *, num_images=None, **kwargs
     ):
         score = super()._get_per_token_logps_and_entropies
-        grid, pixels, types = (kwargs.get(name) for name in ("image_grid_thw", "pixel_values", "mm_token_type_ids"))
         if not known(self.model) or num_images != [1] * len(input_ids):
             return score(model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **kwargs)
+        options = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
-        order = lengths.argsort(descending=True)
-        pixels = pixels.split(grid.prod(1).tolist())
-        found = []
-        for rows in order.split(SCORED_TOGETHER):
+        order, found = lengths.argsort(descending=True, stable=True), []
+        for rows in order.split(TOGETHER):
             width = int(lengths[rows[0]].clamp(min=1))
-            cut = slice(None, input_ids.shape[1] - logits_to_keep + width)
-            images = {"image_grid_thw": grid[rows], "pixel_values": torch.cat([pixels[row] for row in rows])}
-            images |= {"mm_token_type_ids": types[rows, cut], "num_images": [1] * len(rows)}
-            part = score(model, input_ids[rows, cut], attention_mask[rows, cut], width, batch_size, **kwargs | images)
+            part = models.take(inputs, rows, input_ids.shape[1] - logits_to_keep + width)
+            scores = score(model, **part, logits_to_keep=width, num_images=[1] * len(rows), **options)
             missing = (0, logits_to_keep - width)
-            found.append([values if values is None else F.pad(values, missing) for values in part[:2]])
+            found.append([values if values is None else F.pad(values, missing) for values in scores[:2]])
         back = order.argsort()
         logps, entropies = (None if each[0] is None else torch.cat(each)[back] for each in zip(*found, strict=True))
         return logps, entropies, None

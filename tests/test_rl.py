@@ -148,7 +148,7 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
         compared.append([(a[written], b[written]) for a, b in zip(found[:2], stock[:2], strict=True)])
         return found
 
-    monkeypatch.setattr(rl, "SCORED_TOGETHER", 3)
+    monkeypatch.setattr(rl, "TOGETHER", 3)
     monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
     p = tiny(max_new_tokens=400)
     script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])

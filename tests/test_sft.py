@@ -31,6 +31,12 @@ def rows(tiny):
     return concatenate_datasets([build_split(tiny(n_train_sft=4), name, "train_sft", 0) for name in Params().tasks])
 
 
+@pytest.fixture(autouse=True)
+def parts(monkeypatch):
+    """Batches of eight go through the model in three parts, so that what is tested holds for parts."""
+    monkeypatch.setattr(sft, "TOGETHER", 3)
+
+
 class Watch(TrainerCallback):
     """Keeps the gradients of every step."""
 
@@ -141,6 +147,34 @@ def test_rows_without_image_or_perception_are_all_reasoning(vlm, rows):
     assert set(batch["segments"][0].tolist()) == {0, REASONING}
     assert len(batch["image_grid_thw"]) == 1
     assert "pixel_values" not in SegmentCollator(vlm[1])([text, text])
+
+
+def test_parts_of_a_batch_are_its_rows_cut_and_give_what_the_whole_gives(vlm, rows):
+    """Rows with and without image mixed; some parts have no image at all."""
+    model, processor = vlm
+    texts = [{"query": "Why?", "response": "Because " * k} for k in (1, 200, 201, 202)]
+    batch = SegmentCollator(processor)([rows[0], *texts, *rows.select([1, 5])])
+    segments = batch.pop("segments")
+    with torch.no_grad():
+        whole = model(**batch).logits.log_softmax(-1)
+        parts = list(sft._by_length(batch, segments))
+        assert sorted(torch.cat([rows for _, rows, _ in parts]).tolist()) == list(range(7))
+        assert [len(part["input_ids"]) for part, *_ in parts] == [3, 3, 1]
+        assert ["pixel_values" in part for part, *_ in parts] == [False, True, False]
+        for part, chosen, width in parts:
+            assert part["input_ids"].shape[1] == width == batch["attention_mask"][chosen].sum(1).max()
+            found, expected = model(**part).logits.log_softmax(-1), whole[chosen, :width]
+            real = batch["attention_mask"][chosen, :width].bool()
+            torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_unknown_to_decode_trains_on_whole_batches(vlm, base, rows, tmp_path, monkeypatch):
+    model, processor = vlm
+    known, _ = train(tmp_path / "known", model, processor, rows, NGDiff())
+    monkeypatch.setattr("asym.decode.KNOWN", ())
+    monkeypatch.setattr(sft, "_by_length", None)
+    unknown, _ = train(tmp_path / "unknown", models.load(base.checkpoint)[0], processor, rows, NGDiff())
+    assert_same(known[0], unknown[0])
 
 
 # The loss and its gradients
