@@ -1,12 +1,14 @@
-"""The command line: `python -m asym run` executes a study, `python -m asym score` scores responses.
+"""The command line: `python -m asym run` executes a study, `bench` measures speed, `score` scores responses.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +39,27 @@ def _run(args: argparse.Namespace) -> int:
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    p = Params.load(args.params)
+    missing = [name for name in ("gcol", "networkx", "reasoning_gym") if not importlib.util.find_spec(name)]
+    if missing:
+        install = ".venv/bin/pip install -c constraints.txt -e .[test,bench]"
+        raise ParamsError(f"bench: {', '.join(missing)} not installed: {install}")
+    from asym.base import train_base
+    from asym.bench import bench
+    from asym.rl import train_start
+    from asym.runs import manifest, results_dir, write_csv, write_json
+
+    out, began = results_dir("bench"), time.monotonic()
+    start = train_start(p, train_base(p, p.seeds[0]), "sudoku", p.seeds[0])
+    table = bench(p, start, args.rounds)
+    write_csv(out / "bench.csv", table)
+    about = manifest(p.model_dump(), time.monotonic() - began, [out / "bench.csv"])
+    write_json(out / "manifest.json", {"study": "bench", "complete": True} | about)
+    print(table.to_string(index=False, na_rep=""))
     return 0
 
 
@@ -85,7 +108,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,bench,score}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
@@ -95,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         help="replace parameters of the file; values as in YAML, such as lambdas=[0.1,0.5]",
     )  # fmt: skip
     run.set_defaults(command=_run)
+
+    bench = commands.add_parser(
+        "bench", help="measure speed beside the stock trainers", description=_BENCH, formatter_class=_Verbatim
+    )
+    bench.add_argument("params", nargs="?", default="params/cpu.yaml", help="sizes and starting checkpoint are its")
+    bench.add_argument("--rounds", type=int, default=3, help="of each pair, after one that does not count (3)")
+    bench.set_defaults(command=_bench)
 
     score = commands.add_parser("score", help="score responses", description=_SCORE, formatter_class=_Verbatim)
     score.add_argument("--task", required=True, help="sudoku or graph_coloring")
@@ -106,6 +136,10 @@ _Verbatim = argparse.RawDescriptionHelpFormatter
 _RUN = """\
 Execute the notebooks in order with the parameters of a file and write results/<study>/.
 Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
+_BENCH = """\
+Measure training, rollouts, evaluation and data synthesis beside what one would otherwise run, in turns in one process,
+print the table and write results/bench/bench.csv. Needs an idle machine, the extra [bench], and about ten minutes; more
+if runs/ does not hold the checkpoint that RL starts from, which is then trained."""
 _SCORE = """\
 Score responses from standard input, one JSON object per line:
 

@@ -129,7 +129,7 @@ class SegmentSFTTrainer(SFTTrainer):
         grad_r, self._grad_p = [q.grad for q in parameters], self._grad_p or [None] * len(parameters)
 
         _set_grads(parameters, self._grad_p)
-        sum_p, _ = self._segment_sums(model, *_prefix(inputs, segments))
+        sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
         self.accelerator.backward(sum_p / n_p)
         self._grad_p = [q.grad for q in parameters]
 
@@ -141,6 +141,15 @@ class SegmentSFTTrainer(SFTTrainer):
         if self.accelerator.sync_gradients:
             weight = self._join(parameters)
         return (weight * sum_p / n_p + (1 - weight) * sum_r / n_r).detach()
+
+    @staticmethod
+    def _prefix(
+        inputs: dict[str, torch.Tensor], segments: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The batch cut after its last perception token: all that L_p depends on."""
+        end = int((segments == PERCEPTION).any(0).nonzero().max()) + 1
+        cut = {k: v[:, :end] if v.ndim > 1 and v.shape[:2] == segments.shape else v for k, v in inputs.items()}
+        return cut, segments[:, :end]
 
     @torch.no_grad()
     def _join(self, parameters) -> float:
@@ -189,13 +198,6 @@ def _by_length(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> Itera
     for rows in lengths.argsort(descending=True, stable=True).split(TOGETHER):
         width = int(lengths[rows[0]])
         yield models.take(inputs, rows, width), rows, width
-
-
-def _prefix(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The batch cut after its last perception token: all that L_p depends on."""
-    end = int((segments == PERCEPTION).any(0).nonzero().max()) + 1
-    cut = {k: v[:, :end] if v.ndim > 1 and v.shape[:2] == segments.shape else v for k, v in inputs.items()}
-    return cut, segments[:, :end]
 
 
 def _set_grads(parameters, grads) -> None:

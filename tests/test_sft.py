@@ -238,7 +238,7 @@ def test_the_prefix_pass_gives_exactly_the_perception_gradient(vlm, rows, tmp_pa
     batch = SegmentCollator(processor)(list(rows))
     segments = batch.pop("segments")
     n_p = (segments == PERCEPTION).sum()
-    cut, cut_segments = sft._prefix(batch, segments)
+    cut, cut_segments = SegmentSFTTrainer._prefix(batch, segments)
     assert cut["input_ids"].shape == cut["labels"].shape == cut_segments.shape
     assert (cut_segments == PERCEPTION).sum() == n_p
     assert cut_segments.shape[1] < segments.shape[1] / 2

@@ -1,0 +1,330 @@
+"""How fast the work is beside what one would otherwise run: same model, data and process, in turns A B A B.
+
+Times vary from machine to machine, their ratios much less. A ratio is our advantage, except in the row of the NGDiff
+step, where it is our cost. `low` and `high` are the extremes over the rounds. `limit` says what the machine allows.
+Models train at a learning rate of zero: every round does the same work.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import pandas as pd
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from asym import evaluate, models, rl
+from asym.balance import Balance, NGDiff, TokenAveraged
+from asym.data import drawing_of, load_split, task_of
+from asym.params import Params
+from asym.runs import Run, progress
+from asym.sft import TRAINING, SegmentCollator, SegmentSFTTrainer, threads
+from asym.tasks import get_task
+from asym.tasks.graph_coloring import GraphColoring, _largest_clique, chromatic_number, optimal_coloring
+from asym.transcript import prefill
+
+COLUMNS = ["work", "ours", "baseline", "unit", "ratio", "ratio_low", "ratio_high", "target", "limit"]
+PROMPTS, GROUP = 16, 8  # of a GRPO step
+WARM = 1  # steps or rounds that are not counted
+
+
+def bench(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
+    """All measurements at the sizes of a study, with the checkpoint of `start`; one line per work, in `COLUMNS`."""
+    task, lines = "sudoku", []
+    parts = (training_lines, rl_lines, evaluation_lines, synthesis_lines)
+    with threads(p.threads), progress("bench", len(parts)) as bar, tempfile.TemporaryDirectory() as scratch:
+        for part in parts:
+            lines += part(p, start, task, rounds, Path(scratch))
+            bar.update()
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def compare(
+    work: str,
+    unit: str,
+    ours: Callable[[], float],
+    baseline: Callable[[], float],
+    rounds: int,
+    target: str,
+    limit: str = "",
+) -> dict:
+    """One line: two ways measured in turns, and the ratio of each round, ours / baseline.
+
+    Both return `unit`s per second, so that the ratio is our advantage; in seconds it is our cost.
+    """
+    pairs = [(ours(), baseline()) for _ in range(WARM + rounds)][WARM:]
+    ratios = [one / other for one, other in pairs]
+    line = {"work": work, "ours": median(one for one, _ in pairs), "baseline": median(other for _, other in pairs)}
+    line |= {"unit": unit, "ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} | {"target": target, "limit": limit}
+
+
+# ---- supervised fine-tuning ------------------------------------------------------------------------------------------
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every optimizer step, data loading included."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_train_begin(self, *args, **kwargs):
+        self.ends = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Per step, without the first."""
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+
+class _TwoBackwards(SegmentSFTTrainer):
+    """NGDiff as it is written: two passes over the whole sequences."""
+
+    def _prefix(self, inputs, segments):
+        return inputs, segments
+
+
+def training_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
+    """Seconds per step of the balances; tokens per second beside TRL's trainer with its own collator."""
+    model, processor = models.load(start.checkpoint)
+    data = load_split(p, task, "train_sft", 0)
+    steps, rows = 4, SegmentCollator(processor)
+    tokens = sum(int(rows([data[k]])["attention_mask"].sum()) for k in range(64)) / 64 * p.sft_batch
+    arguments = {"max_steps": steps, "per_device_train_batch_size": p.sft_batch, "learning_rate": 0.0, **TRAINING}
+    arguments |= {"output_dir": str(scratch), "max_length": None, "save_strategy": "no", "logging_steps": 1000}
+    shared = {"model": model, "processing_class": processor}
+
+    def seconds(trainer: SFTTrainer, clock: _Clock) -> float:
+        trainer.train()
+        return clock.seconds
+
+    def ours(balance: Balance, kind: type = SegmentSFTTrainer) -> Callable[[], float]:
+        clock, skip = _Clock(), {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        settings = {"args": SFTConfig(**arguments | skip), "train_dataset": data, "data_collator": rows}
+        trainer = kind(**shared, **settings, balance=balance, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        return partial(seconds, trainer, clock)
+
+    prompts = [[{"role": "user", "content": query}] for query in data["query"]]
+    completions = [[{"role": "assistant", "content": response}] for response in data["response"]]
+    conversations = data.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", completions)
+    clock = _Clock()
+    own = {"args": SFTConfig(**arguments), "train_dataset": conversations, "callbacks": [clock]}
+    stock = SFTTrainer(**shared, **own)
+    stock.remove_callback(PrinterCallback)
+
+    ngdiff, averaged = ours(NGDiff()), ours(TokenAveraged())
+    two = ours(NGDiff(), _TwoBackwards)
+    rate = lambda timed: lambda: tokens / timed()  # noqa: E731
+    lines = [
+        compare("NGDiff step / token-averaged step", "s", ngdiff, averaged, rounds, "<= 1.25"),
+        compare(
+            "NGDiff step by prefix / by two backwards", "steps/s", lambda: 1 / ngdiff(), lambda: 1 / two(), rounds, ""
+        ),
+        compare("SFT", "tokens/s", rate(averaged), rate(partial(seconds, stock, clock)), rounds, ">= 1.5"),
+    ]
+    weights = sum(q.numel() for name, q in model.named_parameters() if "language_model" in name)
+    share = 6 * weights * lines[-1]["ours"] / matrix_peak(p.hidden_size)
+    lines[-1]["limit"] = f"{share:.0%} of the {matrix_peak(p.hidden_size) / 1e9:.0f} GFLOP/s of matrix products"
+    return lines
+
+
+def matrix_peak(width: int) -> float:
+    """FLOP/s of products of the sizes that training has: (4096, width) by (width, 3 width)."""
+    a, b = torch.randn(4096, width), torch.randn(width, 3 * width)
+    times = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return 2 * a.numel() * b.shape[1] / median(times)
+
+
+# ---- reinforcement learning ------------------------------------------------------------------------------------------
+
+
+def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
+    """GRPO's rollouts and whole steps beside TRL's trainer: the same arguments, rewards and prompts."""
+    model, processor = models.load(start.checkpoint)
+    arguments = GRPOConfig(
+        output_dir=str(scratch / "trainer"),
+        max_steps=2,
+        learning_rate=0.0,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=p.max_new_tokens,
+        temperature=p.rl_temperature,
+        generation_kwargs={"suppress_tokens": models.image_token_ids(processor)},
+        save_strategy="no",
+        logging_steps=1000,
+        **TRAINING,
+    )
+    rewards = [rl._as_trl(reward, task_of(p, task)) for reward in rl.REWARDS]
+    found = {}
+
+    def step(kind: type) -> Callable[[], None]:
+        clock = _Clock()
+        trainer = kind(
+            model=model,
+            args=arguments,
+            reward_funcs=rewards,
+            train_dataset=rl._prompts(load_split(p, task, "train_rl", 0)),
+            processing_class=processor,
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.rollouts = scratch / "rollouts"
+        generate = trainer._generate
+
+        def timed(prompts):
+            begin = time.perf_counter()
+            output = generate(prompts)
+            found[kind, "tokens/s"] = sum(map(len, output[1])) / (time.perf_counter() - begin)
+            return output
+
+        trainer._generate = timed
+
+        def run() -> None:
+            trainer.train()
+            found[kind, "steps/s"] = 1 / clock.seconds
+
+        return run
+
+    runs = {kind: step(kind) for kind in (rl.RolloutTrainer, GRPOTrainer)}
+    measured = []
+    for _ in range(WARM + rounds):
+        for run in runs.values():
+            run()
+        measured.append(dict(found))
+    lines = []
+    for work, unit, target in (("GRPO rollouts", "tokens/s", ">= 2.5"), ("GRPO step", "steps/s", ">= 1.7")):
+        ours, baseline = (iter([m[kind, unit] for m in measured]) for kind in runs)
+        lines.append(compare(work, unit, ours.__next__, baseline.__next__, rounds, target))
+    text = model.config.text_config
+    column = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4  # bytes of keys and values
+    reach = memory_bandwidth() / (column * p.max_new_tokens / 2)
+    lines[0]["limit"] = f"{reach:.0f} tokens/s if a step cost no more than reading its keys and values from memory"
+    return lines
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second that a sum over much memory reads."""
+    much, times = torch.ones(2**26), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        much.sum()
+        times.append(time.perf_counter() - begin)
+    return much.numel() * 4 / median(times)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
+    """a, a_p and a_r of the validation problems beside three calls of `generate`: answer, perception, given p*."""
+    model, processor = models.load(start.checkpoint)
+    data = load_split(p, task, "validation", 0)
+    bad = models.image_token_ids(processor)
+
+    def ours() -> float:
+        begin = time.perf_counter()
+        evaluate._responses(p, start, task, 0, "validation", 1)
+        return len(data) / (time.perf_counter() - begin)
+
+    @torch.inference_mode()
+    def plain() -> float:
+        begin = time.perf_counter()
+        longest = max(len(ids) for ids in processor.tokenizer(data["perception"][:])["input_ids"]) + 2
+        limits = ("", p.max_new_tokens), ("", longest), ("p*", p.max_new_tokens)
+        for given, length in limits:
+            for first in range(0, len(data), p.eval_batch):
+                rows = data[first : first + p.eval_batch]
+                starts = [prefill(text) if given else "" for text in rows["perception"]]
+                prompts = zip(rows["query"], starts, strict=True)
+                texts = [models.chat(processor, query, image=True) + begun for query, begun in prompts]
+                inputs = processor(text=texts, images=rows["image"], padding=True, return_tensors="pt")
+                written = model.generate(**inputs, max_new_tokens=length, do_sample=False, suppress_tokens=bad)
+                processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return len(data) / (time.perf_counter() - begin)
+
+    return [compare("evaluation of a, a_p, a_r", "problems/s", ours, plain, rounds, ">= 2.5")]
+
+
+# ---- data synthesis --------------------------------------------------------------------------------------------------
+
+
+def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
+    """Puzzles beside reasoning-gym's and gcol's; whole samples of the study, which have no like, per core."""
+    import gcol
+    import networkx
+    from reasoning_gym.games.sudoku import SudokuConfig, SudokuDataset
+
+    sudoku, graphs = get_task("sudoku", size=9, blanks=(16, 16)), GraphColoring((7, 9))
+    seeds = itertools.count()
+
+    def rate(make: Callable[[Random], object], count: int) -> Callable[[], float]:
+        def run() -> float:
+            begin = time.perf_counter()
+            for _ in range(count):
+                make(Random(next(seeds)))
+            return count / (time.perf_counter() - begin)
+
+        return run
+
+    def theirs() -> float:
+        config = SudokuConfig(min_empty=16, max_empty=16, seed=next(seeds), size=20)
+        begin = time.perf_counter()
+        for row in SudokuDataset(config):
+            row["question"]
+        return 20 / (time.perf_counter() - begin)
+
+    drawn = [graphs.sample(Random(k)) for k in range(500)]
+    as_networkx = [networkx.Graph(graph.edges) for graph in drawn]
+
+    def chromatic(solve: Callable, given: list) -> Callable[[], float]:
+        def run() -> float:
+            begin = time.perf_counter()
+            for graph in given:
+                solve(graph)
+            return len(given) / (time.perf_counter() - begin)
+
+        return run
+
+    def proven(graph) -> int:
+        for cached in (optimal_coloring, _largest_clique):
+            cached.cache_clear()
+        return chromatic_number(graph)
+
+    lines = [
+        compare("Sudoku 9×9, 16 blanks", "puzzles/s", rate(sudoku.sample, 200), theirs, rounds, ">= 20"),
+        compare(
+            "chromatic number",
+            "graphs/s",
+            chromatic(proven, drawn),
+            chromatic(gcol.chromatic_number, as_networkx),
+            rounds,
+            ">= 5",
+        ),
+    ]
+    for name in p.tasks:
+        small, drawing = task_of(p, name), drawing_of(p, name)
+
+        def sample(rng: Random, small=small, drawing=drawing) -> None:
+            problem = small.sample(rng)
+            small.explain(problem, rng, p.verbosity, p.variation)
+            small.draw(problem, drawing, rng)
+
+        with threads(1):
+            speed = median(rate(sample, 300)() for _ in range(rounds))
+        line = {"work": f"samples with image and trace, {name}", "ours": round(speed, 1), "unit": "samples/s"}
+        lines.append(line | {"target": ">= 500/s"})
+    return lines
