@@ -106,6 +106,12 @@ def _assignment(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
     commands = parser.add_subparsers(required=True, metavar="{run,bench,score}")
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="measure speed beside the stock trainers", description=_BENCH, formatter_class=_Verbatim
     )
     bench.add_argument("params", nargs="?", default="params/cpu.yaml", help="sizes and starting checkpoint are its")
-    bench.add_argument("--rounds", type=int, default=3, help="of each pair, after one that does not count (3)")
+    bench.add_argument("--rounds", type=_positive, default=3, help="of each pair, after one that does not count (3)")
     bench.set_defaults(command=_bench)
 
     score = commands.add_parser("score", help="score responses", description=_SCORE, formatter_class=_Verbatim)

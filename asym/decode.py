@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 from asym.models import chat, image_token_ids
 from asym.runs import progress
 
-KNOWN = ("qwen3_vl",)  # model types whose decoder layers `_decode` can run
+KNOWN = ("qwen3_vl",)  # model types whose decoder layers `decode` can run
 LEAVE = 0.85  # finished rows are dropped once fewer than this share of the batch is still being written
 
 
 def known(model: torch.nn.Module) -> bool:
-    """Whether `decode` can run this model."""
-    return model.config.model_type in KNOWN
+    """Whether `decode` can run this model: its layers, and attention that takes a Boolean mask."""
+    return model.config.model_type in KNOWN and model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 @torch.inference_mode()
@@ -74,6 +74,7 @@ def complete(
     return completions
 
 
+@torch.no_grad()
 def decode(
     model: PreTrainedModel | PeftModel,
     inputs: dict[str, torch.Tensor],
@@ -83,7 +84,7 @@ def decode(
     temperature: float,
     forbidden: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Write `copies` completions of every prompt; the same tokens as `generate`, which see.
+    """Write `copies` completions of every prompt: when greedy, the tokens that `generate` writes.
 
     Args:
         inputs: what the processor returns for the prompts, left-padded.
@@ -152,12 +153,9 @@ class _KeyValues:
         self.length = mask.shape[1]
         self.layers = []
         for layer in cache.layers:
-            roomy = [
-                layer.keys.new_empty(
-                    len(mask) * copies, *layer.keys.shape[1:2], self.length + room, layer.keys.shape[3]
-                )
-                for _ in range(2)
-            ]  # (B, heads, T, head_dim)
+            # (B, heads, T, head_dim)
+            shape = (len(mask) * copies, layer.keys.shape[1], self.length + room, layer.keys.shape[3])
+            roomy = [layer.keys.new_empty(shape) for _ in range(2)]
             for tensor, encoded in zip(roomy, (layer.keys, layer.values), strict=True):
                 tensor[:, :, : self.length] = encoded.repeat_interleave(copies, 0)
             self.layers.append(roomy)

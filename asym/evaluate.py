@@ -68,9 +68,13 @@ def _responses(p: Params, trained: Run, name: str, seed: int, split: str, rollou
     rows, own = [], [""] * len(data)
     for mode in MODES:
         starts = [prefill(text) if mode == "counterfactual" else "" for text in perceptions]
-        # A greedy response that saw right did begin with the true p*: it is its own counterfactual
+        # A greedy response that saw right did begin with the true p*: it is its own counterfactual (but for a tie
+        # between two tokens, and for an end tag that used up the last token allowed)
         reusable = mode == "counterfactual" and rollouts == 1
-        kept = [text.startswith(start) and text.endswith(TAGS[-1]) for text, start in zip(own, starts, strict=True)]
+        kept = [
+            text.startswith(start + TAGS[2]) and text.endswith(TAGS[-1])
+            for text, start in zip(own, starts, strict=True)
+        ]
         texts = {i: [own[i]] for i in range(len(data)) if reusable and kept[i]}
         left = [i for i in range(len(data)) if i not in texts]
         completions = complete(

@@ -35,8 +35,8 @@ class RolloutTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, faster, with every rollout and all its rewards kept in `<rollouts>/<step>.parquet`.
 
     Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
-    together, each batch cut to its longest. Models that `decode` does not know, other generation back ends and sharded
-    weights take TRL's own way.
+    together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
+    temperature, other generation back ends and sharded weights take TRL's own way.
     """
 
     def _tokenize_prompts(self, prompts):
@@ -48,9 +48,13 @@ class RolloutTrainer(GRPOTrainer):
     def _group_size(self, prompts) -> int:
         """How many copies of each prompt stand next to each other and can be generated from one encoding."""
         n = self.num_generations
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or self.use_vllm or self.use_transformers_continuous_batching or not known(self.model):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.gradient_checkpointing:
             return 1
+        if self.use_vllm or self.use_transformers_continuous_batching or self.tools or not known(self.model):
+            return 1
+        chosen = (self.top_p, self.top_k or 0, self.min_p or 0.0, self.repetition_penalty)
+        if chosen != (1.0, 0, 0.0, 1.0) or set(self.args.generation_kwargs or ()) - {"suppress_tokens"}:
+            return 1  # `decode` knows a temperature only
         whole = self.model.training and len(prompts) % n == 0
         return n if whole and all(prompts[k] == prompts[k - k % n] for k in range(len(prompts))) else 1
 
@@ -64,15 +68,14 @@ class RolloutTrainer(GRPOTrainer):
             if isinstance(rows, list):  # one entry per token
                 rows = [torch.as_tensor(row) for row in rows]
                 fields[name] = pad(rows, padding_value=padding.get(name, 0), padding_side="left")
-        with torch.no_grad():
-            completions = decode(
-                self.accelerator.unwrap_model(self.model_wrapped),
-                {name: values.to(self.accelerator.device) for name, values in fields.items()},
-                self._copies,
-                max_new_tokens=self.max_completion_length,
-                temperature=self.temperature,
-                forbidden=self.generation_config.suppress_tokens or (),
-            )
+        completions = decode(
+            self.accelerator.unwrap_model(self.model_wrapped),
+            {name: values.to(self.accelerator.device) for name, values in fields.items()},
+            self._copies,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            forbidden=self.generation_config.suppress_tokens or (),
+        )
         return completions, None
 
     def _get_per_token_logps_and_entropies(
@@ -86,7 +89,7 @@ class RolloutTrainer(GRPOTrainer):
         inputs |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
         order, found = lengths.argsort(descending=True, stable=True), []
-        for rows in order.split(TOGETHER):
+        for rows in order.split(min(TOGETHER, batch_size or TOGETHER)):
             width = int(lengths[rows[0]].clamp(min=1))
             part = models.take(inputs, rows, input_ids.shape[1] - logits_to_keep + width)
             scores = score(model, **part, logits_to_keep=width, num_images=[1] * len(rows), **options)

@@ -129,8 +129,10 @@ class SegmentSFTTrainer(SFTTrainer):
         grad_r, self._grad_p = [q.grad for q in parameters], self._grad_p or [None] * len(parameters)
 
         _set_grads(parameters, self._grad_p)
-        sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
-        self.accelerator.backward(sum_p / n_p)
+        sum_p = torch.zeros((), device=segments.device)
+        if (segments == PERCEPTION).any():  # other micro-batches of the step may hold it all
+            sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
+            self.accelerator.backward(sum_p / n_p)
         self._grad_p = [q.grad for q in parameters]
 
         _set_grads(parameters, grad_r)

@@ -170,6 +170,14 @@ def test_second_tokens_follow_the_first(vlm, rows):
     assert abs(surprise.mean(0) / (surprise.std(0) / n**0.5)).max() < 3.5
 
 
+def test_attention_that_takes_no_boolean_mask_is_not_known(vlm, rows):
+    model = vlm[0]
+    before = generate(vlm, rows)
+    model.set_attn_implementation("eager")
+    assert not decoding.known(model)
+    assert generate(vlm, rows) == before
+
+
 def test_an_unknown_model_generates_the_same(vlm, rows, monkeypatch):
     known = generate(vlm, rows, copies=2)
     monkeypatch.setattr(decoding, "KNOWN", ())

@@ -4,8 +4,9 @@ import json
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from asym import decode as decoding
 from asym import models, rl
@@ -14,6 +15,7 @@ from asym.decode import decode
 from asym.params import Params
 from asym.rl import REWARDS, train_arm, train_start
 from asym.runs import Run
+from asym.sft import TRAINING
 
 COLUMNS = ["step", "problem_id", "rollout", "ground_truth", "completion"]
 NAMES = [reward.__name__ for reward in REWARDS]
@@ -143,11 +145,19 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
 
     def both(self, model, input_ids, attention_mask, *args, **kwargs):
         found = ours(self, model, input_ids, attention_mask, *args, **kwargs)
-        stock = GRPOTrainer._get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs)
+        plain = stock(self, model, input_ids, attention_mask, *args, **kwargs)
         written = attention_mask[:, -found[0].shape[1] :].bool()
-        compared.append([(a[written], b[written]) for a, b in zip(found[:2], stock[:2], strict=True)])
+        compared.append([(a[written], b[written]) for a, b in zip(found[:2], plain[:2], strict=True)])
         return found
 
+    widths = []
+    stock = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def watched(self, *args, **kwargs):
+        widths.append(kwargs.get("logits_to_keep"))
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
     monkeypatch.setattr(rl, "TOGETHER", 3)
     monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
     p = tiny(max_new_tokens=400)
@@ -157,6 +167,8 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
     torch.testing.assert_close(*logps)
     torch.testing.assert_close(*entropies)
     assert logps[0].requires_grad
+    assert len(widths) == 3
+    assert widths == sorted(widths, reverse=True) != widths[:1] * 3
 
 
 def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monkeypatch):
@@ -166,6 +178,41 @@ def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monke
     rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
     assert rollouts.groupby("problem_id").rollout.apply(list).tolist() == [[0, 1, 2, 3]] * 2
     pd.testing.assert_frame_equal(rollouts[NAMES].astype(float), recomputed(tiny(), "sudoku", rollouts))
+
+
+def test_an_adapter_trains_with_a_penalty(tiny, start, root):
+    run = train_arm(tiny(max_new_tokens=12, lora_rank=2, rl_beta=0.1), start, "sudoku", "outcome", 0)
+    assert run.metrics()["kl"].notna().all()
+    assert (run.checkpoint / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"generation_kwargs": {"num_beams": 2}},
+    ],
+    ids=str,
+)
+def test_sampling_that_decode_does_not_know_is_left_to_trl(vlm, change, tmp_path):
+    model, processor = vlm
+    arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "num_generations": 4, **TRAINING}
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why?"}]]})
+    sizes = []
+    for changes in ({}, change):
+        trainer = rl.RolloutTrainer(
+            model=model,
+            args=GRPOConfig(**arguments, **changes),
+            reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            train_dataset=data,
+            processing_class=processor,
+        )
+        trainer.model.train()
+        sizes.append(trainer._group_size([data[0]["prompt"]] * 4))
+    assert sizes == [4, 1]
 
 
 def test_a_finished_arm_is_reused_and_the_same_twice(tiny, sampled, start, root, monkeypatch):

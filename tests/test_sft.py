@@ -265,6 +265,17 @@ def test_a_batch_of_8_is_8_accumulated_batches_of_1(base, rows, tmp_path, balanc
     assert log == pytest.approx(log_8, rel=1e-4)
 
 
+def test_a_micro_batch_without_perception_adds_none(base, rows, tmp_path):
+    mixed = rows.map(lambda row, k: {"response": "Because."} if k % 2 else row, with_indices=True)
+    results = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        model, processor = models.load(base.checkpoint)
+        folder = tmp_path / str(batch)
+        grads, _ = train(folder, model, processor, mixed, NGDiff(), batch=batch, accumulation=accumulation)
+        results.append(grads[0])
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("balance", [TokenAveraged(), Fixed(0.3)], ids=["token_averaged", "lambda_0.3"])
 def test_probing_the_gradients_does_not_change_the_step(base, rows, tmp_path, balance):
     results = []
