@@ -96,7 +96,7 @@ class _TwoBackwards(SegmentSFTTrainer):
 def training_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
     """Seconds per step of the balances; tokens per second beside TRL's trainer with its own collator."""
     model, processor = models.load(start.checkpoint)
-    data = load_split(p, task, "train_sft", 0)
+    data = load_split(p, task, "train_sft", p.seeds[0])
     steps, rows = 4, SegmentCollator(processor)
     tokens = sum(int(rows([data[k]])["attention_mask"].sum()) for k in range(64)) / 64 * p.sft_batch
     arguments = {"max_steps": steps, "per_device_train_batch_size": p.sft_batch, "learning_rate": 0.0, **TRAINING}
@@ -168,7 +168,7 @@ def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> li
         logging_steps=1000,
         **TRAINING,
     )
-    rewards = [rl._as_trl(reward, task_of(p, task)) for reward in rl.REWARDS]
+    rewards = [rl.as_trl(reward, task_of(p, task)) for reward in rl.REWARDS]
     found = {}
 
     def step(kind: type) -> Callable[[], None]:
@@ -177,7 +177,7 @@ def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> li
             model=model,
             args=arguments,
             reward_funcs=rewards,
-            train_dataset=rl._prompts(load_split(p, task, "train_rl", 0)),
+            train_dataset=rl.prompts(load_split(p, task, "train_rl", p.seeds[0])),
             processing_class=processor,
             callbacks=[clock],
         )
@@ -241,7 +241,7 @@ def evaluation_lines(p: Params, start: Run, task: str, rounds: int, scratch: Pat
 
     def ours() -> float:
         begin = time.perf_counter()
-        evaluate._responses(p, start, task, 0, "validation", 1)
+        evaluate.responses(p, start, task, 0, "validation", 1)
         return len(data) / (time.perf_counter() - begin)
 
     @torch.inference_mode()
@@ -274,14 +274,17 @@ def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path
     sudoku, graphs = get_task("sudoku", size=9, blanks=(16, 16)), GraphColoring((7, 9))
     seeds = itertools.count()
 
-    def rate(make: Callable[[Random], object], count: int) -> Callable[[], float]:
+    def rate(make: Callable, given: Callable[[], list]) -> Callable[[], float]:
         def run() -> float:
-            begin = time.perf_counter()
-            for _ in range(count):
-                make(Random(next(seeds)))
-            return count / (time.perf_counter() - begin)
+            inputs, begin = given(), time.perf_counter()
+            for each in inputs:
+                make(each)
+            return len(inputs) / (time.perf_counter() - begin)
 
         return run
+
+    def streams(count: int) -> list[Random]:
+        return [Random(next(seeds)) for _ in range(count)]
 
     def theirs() -> float:
         config = SudokuConfig(min_empty=16, max_empty=16, seed=next(seeds), size=20)
@@ -295,27 +298,20 @@ def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path
     for ours, graph in zip(drawn, as_networkx, strict=True):
         graph.add_edges_from(ours.edges)
 
-    def chromatic(solve: Callable, given: list) -> Callable[[], float]:
-        def run() -> float:
-            begin = time.perf_counter()
-            for graph in given:
-                solve(graph)
-            return len(given) / (time.perf_counter() - begin)
-
-        return run
-
     def proven(graph) -> int:
         for cached in (optimal_coloring, _largest_clique):
             cached.cache_clear()
         return chromatic_number(Graph(graph.n, graph.edges))  # anew: a graph keeps its neighbours
 
     lines = [
-        compare("Sudoku 9×9, 16 blanks", "puzzles/s", rate(sudoku.sample, 200), theirs, rounds, ">= 20"),
+        compare(
+            "Sudoku 9×9, 16 blanks", "puzzles/s", rate(sudoku.sample, partial(streams, 200)), theirs, rounds, ">= 20"
+        ),
         compare(
             "chromatic number",
             "graphs/s",
-            chromatic(proven, drawn),
-            chromatic(gcol.chromatic_number, as_networkx),
+            rate(proven, lambda: drawn),
+            rate(gcol.chromatic_number, lambda: as_networkx),
             rounds,
             ">= 5",
         ),
@@ -329,7 +325,7 @@ def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path
             small.draw(problem, drawing, rng)
 
         with threads(1):
-            speed = median(rate(sample, 300)() for _ in range(rounds))
+            speed = median(rate(sample, partial(streams, 300))() for _ in range(rounds))
         line = {"work": f"samples with image and trace, {name}", "ours": round(speed, 1), "unit": "samples/s"}
         lines.append(line | {"target": ">= 500/s"})
     return lines

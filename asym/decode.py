@@ -1,4 +1,4 @@
-"""Batched generation: prompts in, completion texts out, several times as fast as `generate` on models it knows.
+"""Batched generation: prompts in, completion texts out, faster than by `generate` for models it knows.
 
 What makes the difference: every distinct prompt is encoded once and its keys and values are shared out to its copies;
 keys and values lie in tensors made for the whole response, so that a step writes a column instead of copying all of
@@ -100,9 +100,7 @@ def decode(
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).reshape(-1)
 
     mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
-    pictured = (
-        "image_grid_thw" in inputs
-    )  # then the model places tokens itself: an image takes fewer places than tokens
+    pictured = "image_grid_thw" in inputs  # the model then places tokens itself: an image takes fewer places
     positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     encoded = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
     if pictured:

@@ -48,7 +48,7 @@ def measure(
     path = run.folder / "rows.parquet"
     if not run.done:
         with threads(p.threads):
-            write_parquet(path, _responses(p, trained, task, seed, split, rollouts))
+            write_parquet(path, responses(p, trained, task, seed, split, rollouts))
         run.finish()
     about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
     return pd.read_parquet(path).assign(**about)[[*about, *COLUMNS]]
@@ -58,7 +58,8 @@ COLUMNS = ["mode", "problem_id", "rollout", "ground_truth", "completion"]
 COLUMNS += ["a", "a_p", "a_p_graded", "a_own", "parse_failure", "n_tokens"]
 
 
-def _responses(p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int) -> pd.DataFrame:
+def responses(p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int) -> pd.DataFrame:
+    """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
     model, processor = models.load(trained.checkpoint)
     task, data = task_of(p, name), load_split(p, name, split, seed)
     if split == "train_rl":
@@ -70,12 +71,12 @@ def _responses(p: Params, trained: Run, name: str, seed: int, split: str, rollou
         starts = [prefill(text) if mode == "counterfactual" else "" for text in perceptions]
         # A greedy response that saw right did begin with the true p*: it is its own counterfactual (but for a tie
         # between two tokens, and for an end tag that used up the last token allowed)
-        reusable = mode == "counterfactual" and rollouts == 1
-        kept = [
-            text.startswith(start + TAGS[2]) and text.endswith(TAGS[-1])
-            for text, start in zip(own, starts, strict=True)
-        ]
-        texts = {i: [own[i]] for i in range(len(data)) if reusable and kept[i]}
+        texts = {}
+        if rollouts == 1:  # in the first mode there are no own responses yet
+            whole = [
+                text.endswith(TAGS[-1]) and text.startswith(s + TAGS[2]) for text, s in zip(own, starts, strict=True)
+            ]
+            texts = {i: [text] for i, text in enumerate(own) if whole[i]}
         left = [i for i in range(len(data)) if i not in texts]
         completions = complete(
             model,

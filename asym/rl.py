@@ -116,7 +116,7 @@ class RolloutTrainer(GRPOTrainer):
         return output
 
 
-def _as_trl(reward: Reward, task: Task) -> Callable[..., list[float]]:
+def as_trl(reward: Reward, task: Task) -> Callable[..., list[float]]:
     """A reward in TRL's calling convention; TRL logs it under the function's name."""
 
     def function(completions, ground_truth, **_):
@@ -174,8 +174,8 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     trainer = RolloutTrainer(
         model=model,
         args=arguments,
-        reward_funcs=[_as_trl(reward, task_of(p, task)) for reward in REWARDS],
-        train_dataset=_prompts(load_split(p, task, "train_rl", seed)),
+        reward_funcs=[as_trl(reward, task_of(p, task)) for reward in REWARDS],
+        train_dataset=prompts(load_split(p, task, "train_rl", seed)),
         processing_class=processor,
         peft_config=models.lora(p),
         callbacks=[ProgressCallback(f"RL {task} {arm}")],
@@ -199,8 +199,7 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     return run
 
 
-def _prompts(data: Dataset) -> Dataset:
+def prompts(data: Dataset) -> Dataset:
     """The split as GRPO reads it: conversational prompts beside the image and what the rewards need."""
-    prompts = [[{"role": "user", "content": query}] for query in data["query"]]
     kept = data.select_columns(["problem_id", "image", "ground_truth"])
-    return kept.add_column("prompt", prompts)
+    return kept.add_column("prompt", [[{"role": "user", "content": query}] for query in data["query"]])
