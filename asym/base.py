@@ -58,7 +58,7 @@ def train_base(p: Params, seed: int) -> Run:
     language = Run.open(repo_root(), "base-language", config)
     vision_keys = ("vision_steps", "vision_lr", "vision_batch")
     vision = Run.open(repo_root(), "base", config | {key: getattr(p, key) for key in vision_keys})
-    full_training = p.model_copy(update={"lora_rank": 0})
+    alone = p.model_copy(update={"lora_rank": 0, "threads": p.threads * p.workers})
     if vision.done:
         return vision
     words = concatenate_datasets([puzzles_in_words(p, name, seed) for name in p.tasks])
@@ -66,7 +66,7 @@ def train_base(p: Params, seed: int) -> Run:
         processor = models.build_processor([*words["query"], *words["response"], *_vocabulary(p, seed)], p)
         model = models.build_model(processor, p, seed)
         schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
-        fit(language, "base: language", model, processor, words, TokenAveraged(), full_training, seed=seed, **schedule)
+        fit(language, "base: language", model, processor, words, TokenAveraged(), alone, seed=seed, **schedule)
         language.finish()
     model, processor = models.load(language.checkpoint)
     drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
@@ -74,7 +74,7 @@ def train_base(p: Params, seed: int) -> Run:
     kept = words.shuffle(seed=seed).select(range(min(share, len(words))))
     mixed = concatenate_datasets([drawings, kept])
     schedule = {"steps": p.vision_steps, "lr": p.vision_lr, "batch": p.vision_batch}
-    fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), full_training, seed=seed, **schedule)
+    fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, seed=seed, **schedule)
     vision.finish()
     return vision
 
@@ -109,7 +109,7 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
         else:
             queries, images = [task.describe(problem) for problem in chosen], [None] * len(chosen)
         limits = {"max_new_tokens": p.max_new_tokens, "batch": p.eval_batch, "label": f"base {name} {mode}"}
-        with threads(p.threads):
+        with threads(p.threads * p.workers):
             completions = complete(model, processor, queries, images, **limits)
         for index, (problem, text) in enumerate(zip(chosen, completions, strict=True)):
             lines = [text, "", task.answer(problem)] if mode in drawings else [*text.split("\n"), "", "", ""][:3]

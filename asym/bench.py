@@ -287,11 +287,11 @@ def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path
         return [Random(next(seeds)) for _ in range(count)]
 
     def theirs() -> float:
-        config = SudokuConfig(min_empty=16, max_empty=16, seed=next(seeds), size=20)
+        config = SudokuConfig(min_empty=16, max_empty=16, seed=next(seeds), size=100)
         begin = time.perf_counter()
         for row in SudokuDataset(config):
             row["question"]
-        return 20 / (time.perf_counter() - begin)
+        return 100 / (time.perf_counter() - begin)
 
     drawn = [graphs.sample(Random(k)) for k in range(500)]
     as_networkx = [networkx.empty_graph(graph.n) for graph in drawn]

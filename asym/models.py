@@ -5,8 +5,9 @@ with a byte-level BPE tokenizer of their own. `AutoModelForImageTextToText` and 
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -37,6 +38,7 @@ PAD, END = "<|endoftext|>", "<|im_end|>"
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
 SPECIAL = (PAD, "<|im_start|>", END, *IMAGE_TOKENS)
 MERGE = 2  # 2×2 patches become one image token
+TOGETHER = 2048  # tokens that a CPU passes at once: enough to keep it busy, few enough to stay in its caches
 VOCABULARY = 1024  # an upper bound; the texts of a study need about half of it
 
 # A word takes its separator with it (", 3" or " row" is one token): responses stay short, and nothing is lost.
@@ -187,18 +189,46 @@ def chat(processor: ProcessorMixin, query: str, image: bool) -> str:
     return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
 
-def take(inputs: dict[str, torch.Tensor], rows: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
-    """Some rows (their indices) of a processor's batch, cut to `width` tokens, with their images, at most one a row."""
-    grid, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
-    taken = {k: v[rows, :width] for k, v in inputs.items() if k not in ("image_grid_thw", "pixel_values")}
-    if grid is None:
+def encode_images(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A processor's batch with its images encoded in place of their pixels: passes over its parts then share them."""
+    if "pixel_values" not in inputs:
+        return inputs
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    kept = {name: values for name, values in inputs.items() if name != "pixel_values"}
+    return kept | {"mm_encoder_outputs": {"image": features}}
+
+
+def take(inputs: dict[str, Any], rows: torch.Tensor, width: int) -> dict[str, Any]:
+    """Some rows (their indices) of a batch, cut to `width` tokens, with their images, at most one a row."""
+    whole = ("image_grid_thw", "pixel_values", "mm_encoder_outputs")
+    taken = {name: values[rows, :width] for name, values in inputs.items() if name not in whole}
+    if "image_grid_thw" not in inputs:
         return taken
     pictured = inputs["mm_token_type_ids"].any(1)
     images = (pictured.cumsum(0) - 1)[rows[pictured[rows]]]
-    patches = pixels.split(grid.prod(1).tolist())
-    if len(images):
-        taken |= {"image_grid_thw": grid[images], "pixel_values": torch.cat([patches[image] for image in images])}
-    return taken
+    if not len(images):
+        return taken
+    grid, pick = inputs["image_grid_thw"], lambda features: [features[image] for image in images]
+    if "pixel_values" in inputs:
+        taken["pixel_values"] = torch.cat(pick(inputs["pixel_values"].split(grid.prod(1).tolist())))
+    else:
+        encoded = inputs["mm_encoder_outputs"]["image"]
+        deep = [pick(features) for features in encoded.deepstack_features]
+        chosen = type(encoded)(pooler_output=pick(encoded.pooler_output), deepstack_features=deep)
+        taken["mm_encoder_outputs"] = {"image": chosen}
+    return taken | {"image_grid_thw": grid[images]}
+
+
+def parts(lengths: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows of a batch (their indices), longest first, in parts that one pass takes: padding then costs next to nothing.
+
+    On a CPU a part holds at most `TOGETHER` tokens, cut to its longest row, or a single row; on a GPU it is the batch.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        count = max(1, TOGETHER // max(1, int(lengths[order[0]]))) if lengths.device.type == "cpu" else len(order)
+        yield order[:count]
+        order = order[count:]
 
 
 def image_token_ids(processor: ProcessorMixin) -> list[int]:

@@ -54,7 +54,8 @@ class Params(BaseModel):
     seeds: list[Natural] = Field([0], min_length=1, description="seeds of post-training; the base has the first")
     tasks: list[Task] = Field(["sudoku", "graph_coloring"], min_length=1, description="puzzles to study")
     family: Literal["qwen3_vl"] = Field("qwen3_vl", description="model architecture")
-    threads: Count = Field(2, description="CPU threads of torch")
+    threads: Count = Field(2, description="CPU threads of torch for one arm; the base has those of all workers")
+    workers: Count = Field(1, description="arms trained or measured side by side, each in a process of its own")
 
     # Puzzles and drawings
     vertices_min: int = Field(5, ge=2, le=12, description="graph coloring: fewest vertices")

@@ -24,7 +24,7 @@ from asym.models import image_token_ids
 from asym.params import Params
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, repo_root, write_csv, write_parquet
-from asym.sft import TOGETHER, TRAINING, ProgressCallback, threads
+from asym.sft import TRAINING, ProgressCallback, threads
 from asym.tasks import Task
 
 SAVE_EVERY = 5  # steps; a step is long
@@ -88,14 +88,15 @@ class RolloutTrainer(GRPOTrainer):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
-        order, found = lengths.argsort(descending=True, stable=True), []
-        for rows in order.split(min(TOGETHER, batch_size or TOGETHER)):
+        prompt, order, found = input_ids.shape[1] - logits_to_keep, [], []
+        for rows in (few for part in models.parts(prompt + lengths) for few in part.split(batch_size or len(part))):
             width = int(lengths[rows[0]].clamp(min=1))
-            part = models.take(inputs, rows, input_ids.shape[1] - logits_to_keep + width)
+            part = models.take(inputs, rows, prompt + width)
             scores = score(model, **part, logits_to_keep=width, num_images=[1] * len(rows), **options)
             missing = (0, logits_to_keep - width)
+            order.append(rows)
             found.append([values if values is None else F.pad(values, missing) for values in scores[:2]])
-        back = order.argsort()
+        back = torch.cat(order).argsort()
         logps, entropies = (None if each[0] is None else torch.cat(each)[back] for each in zip(*found, strict=True))
         return logps, entropies, None
 

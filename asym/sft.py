@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
@@ -39,7 +40,6 @@ TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this 
     "report_to": "none",
     "disable_tqdm": True,
 }
-TOGETHER = 8  # rows per forward pass: what a pass writes then stays small enough to be reused from cache and heap
 LOG_EVERY = 10  # optimizer steps
 SAVE_EVERY = 100  # optimizer steps; what an interruption loses at most
 METRICS = (
@@ -65,11 +65,12 @@ class SegmentCollator:
         batch = self.processor(text=prompts, images=images or None)
         tokenizer = self.processor.tokenizer
         columns = {name: [] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segments")}
-        for row, prompt, types in zip(rows, batch.pop("input_ids"), batch.pop("mm_token_type_ids"), strict=True):
-            response = row["response"]
-            tokens = tokenizer(response, return_offsets_mapping=True, add_special_tokens=False)
-            ids = [*tokens["input_ids"], tokenizer.eos_token_id]
-            spans = [*tokens["offset_mapping"], (len(response), len(response))]
+        responses = [row["response"] for row in rows]
+        tokens = tokenizer(responses, return_offsets_mapping=True, add_special_tokens=False)
+        prompted = (batch.pop("input_ids"), batch.pop("mm_token_type_ids"))
+        written = (tokens["input_ids"], tokens["offset_mapping"])
+        for response, prompt, types, ids, spans in zip(responses, *prompted, *written, strict=True):
+            ids, spans = [*ids, tokenizer.eos_token_id], [*spans, (len(response), len(response))]
             segments = segment_ids(response, spans) if "</perception>" in response else [REASONING] * len(ids)
             columns["input_ids"].append([*prompt, *ids])
             columns["attention_mask"].append([1] * (len(prompt) + len(ids)))
@@ -125,6 +126,7 @@ class SegmentSFTTrainer(SFTTrainer):
         """g_p and g_r accumulated apart and joined at the end of the accumulated batch; returns the detached loss."""
         model.train()
         (n_p, n_r), segments = self._counts, inputs.pop("segments")
+        inputs = self._encoded(model, inputs)
         parameters = [q for q in model.parameters() if q.requires_grad]
         grad_r, self._grad_p = [q.grad for q in parameters], self._grad_p or [None] * len(parameters)
 
@@ -132,7 +134,7 @@ class SegmentSFTTrainer(SFTTrainer):
         sum_p = torch.zeros((), device=segments.device)
         if (segments == PERCEPTION).any():  # other micro-batches of the step may hold it all
             sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
-            self.accelerator.backward(sum_p / n_p)
+            self.accelerator.backward(sum_p / n_p, retain_graph="mm_encoder_outputs" in inputs)
         self._grad_p = [q.grad for q in parameters]
 
         _set_grads(parameters, grad_r)
@@ -150,7 +152,8 @@ class SegmentSFTTrainer(SFTTrainer):
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The batch cut after its last perception token: all that L_p depends on."""
         end = int((segments == PERCEPTION).any(0).nonzero().max()) + 1
-        cut = {k: v[:, :end] if v.ndim > 1 and v.shape[:2] == segments.shape else v for k, v in inputs.items()}
+        per_token = [name for name, values in inputs.items() if getattr(values, "shape", ())[:2] == segments.shape]
+        cut = inputs | {name: inputs[name][:, :end] for name in per_token}
         return cut, segments[:, :end]
 
     @torch.no_grad()
@@ -169,14 +172,32 @@ class SegmentSFTTrainer(SFTTrainer):
 
     def _segment_sums(self, model, inputs, segments) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy of the perception and of the reasoning tokens of a batch."""
-        sums = [0.0, 0.0]
-        for part, rows, width in _by_length(inputs, segments) if known(self.model) else [(inputs, ..., None)]:
-            losses = -model(**part, fused_lm_head=True).log_probs  # (B, T - 1)
-            kinds = segments[rows][:, 1:width]
+        sums, inputs = [0.0, 0.0], self._encoded(model, inputs)
+        for part, rows, width in _by_length(inputs) if self._on_cpu(inputs) else [(inputs, ..., None)]:
+            losses, kinds = self._losses(model, part), segments[rows][:, 1:width]
             sums = [
                 total + (losses * (kinds == s)).sum() for total, s in zip(sums, (PERCEPTION, REASONING), strict=True)
             ]
         return tuple(sums)
+
+    def _on_cpu(self, inputs) -> bool:
+        """Whether a batch goes through the model in parts that share their images: what pays off on a CPU."""
+        return known(self.model) and inputs["input_ids"].device.type == "cpu"
+
+    def _encoded(self, model, inputs):
+        return models.encode_images(model, inputs) if self._on_cpu(inputs) else inputs
+
+    def _losses(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy of every next token, (B, T - 1), 0 where there is no label."""
+        if not self._on_cpu(inputs):
+            return -model(**inputs, fused_lm_head=True).log_probs
+        # TRL's fused head spares a GPU's memory, tile by tile; a CPU is faster with the logits of the response at once
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        first = int((labels != -100).any(0).int().argmax())
+        given = {name: values for name, values in inputs.items() if name != "labels"}
+        logits = model(**given, use_cache=False, logits_to_keep=labels.shape[1] - first).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), reduction="none")
+        return F.pad(losses.view(len(labels), -1), (first, 0))[:, :-1]
 
     def _log_losses(self, sum_p, sum_r, n_p: int, n_r: int) -> None:
         # A sum over each micro-batch, so that the average over the interval is that of whole steps
@@ -190,14 +211,14 @@ class SegmentSFTTrainer(SFTTrainer):
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
-def _by_length(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> Iterator[tuple]:
+def _by_length(inputs: dict[str, torch.Tensor]) -> Iterator[tuple]:
     """A right-padded batch in parts of rows of like length, cut to their longest: (part, its rows, its length).
 
-    Padding then costs next to nothing. The parts need no mask: under causal attention nothing sees what is behind it.
+    The parts need no mask: under causal attention nothing sees the padding behind it.
     """
     lengths = inputs["attention_mask"].sum(1)
     inputs = {name: values for name, values in inputs.items() if name != "attention_mask"}
-    for rows in lengths.argsort(descending=True, stable=True).split(TOGETHER):
+    for rows in models.parts(lengths):
         width = int(lengths[rows[0]])
         yield models.take(inputs, rows, width), rows, width
 

@@ -28,6 +28,8 @@ from asym.claims import CORRELATIONS
 from asym.params import Params, ParamsError
 from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
+RECENT = 8  # lines of progress that tell what is under way: every worker writes one a second
+
 
 class NotebookError(RuntimeError):
     """A cell failed: which one, with what, and where to read on."""
@@ -222,17 +224,20 @@ class _Display:
             self._show()
 
     def _show(self, heading: bool = False) -> None:
-        done, task = self.names.index(self.current), self._task()
+        done, tasks = self.names.index(self.current), self._tasks()
         if self.console.is_terminal:
             self.bars.update(self.outer, description=self.current, completed=done, left=_words(self._left()))
-            self.bars.update(self.inner, visible=bool(task))
-            if task:
-                label, eta = f"  {task['label']}", _words(task["eta"])
-                self.bars.update(self.inner, description=label, completed=task["done"], total=task["total"], left=eta)
+            self.bars.update(self.inner, visible=bool(tasks))
+            if tasks:
+                label = "  " + ", ".join(task["label"] for task in tasks)
+                done, total = (sum(task[key] for task in tasks) for key in ("done", "total"))
+                left = _words(max((task["eta"] for task in tasks if task["eta"]), default=None))
+                self.bars.update(self.inner, description=label, completed=done, total=total, left=left)
         elif heading:
             print(f"{self.current} ({done + 1} of {len(self.names)})  {_words(self._left())}", flush=True)
-        elif task:
-            print(f"  {task['label']}: {task['done']}/{task['total']}  {_words(task['eta'])}", flush=True)
+        else:
+            for task in tasks:
+                print(f"  {task['label']}: {task['done']}/{task['total']}  {_words(task['eta'])}", flush=True)
 
     def _left(self) -> float | None:
         """Seconds left in all, from the wall times of an earlier complete study; None if there was none."""
@@ -242,12 +247,13 @@ class _Display:
         spent = self.clock["spent"] | {self.current: self.clock["spent"].get(self.current, 0) + self.elapsed}
         return sum(max(0, self.clock["expected"][name] - spent.get(name, 0)) for name in coming)
 
-    def _task(self) -> dict:
-        """The last line of the feed, {} between tasks."""
+    def _tasks(self) -> list[dict]:
+        """What is under way, by the last lines of the feed: one task, or one of each worker; none between tasks."""
         with suppress(OSError, ValueError, IndexError):
-            task = json.loads(self.feed.read_text(encoding="utf-8").splitlines()[-1])
-            return task if task["done"] < task["total"] else {}
-        return {}
+            lines = self.feed.read_text(encoding="utf-8").splitlines()[-RECENT:]
+            latest = {task["label"]: task for task in map(json.loads, lines)}
+            return [task for task in latest.values() if task["done"] < task["total"]]
+        return []
 
 
 def _words(seconds: float | None) -> str:

@@ -158,7 +158,7 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
-    monkeypatch.setattr(rl, "TOGETHER", 3)
+    monkeypatch.setattr(models, "TOGETHER", 700)
     monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
     p = tiny(max_new_tokens=400)
     script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])
@@ -167,8 +167,8 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
     torch.testing.assert_close(*logps)
     torch.testing.assert_close(*entropies)
     assert logps[0].requires_grad
-    assert len(widths) == 3
-    assert widths == sorted(widths, reverse=True) != widths[:1] * 3
+    assert len(widths) > 2
+    assert widths == sorted(widths, reverse=True) != widths[:1] * len(widths)
 
 
 def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monkeypatch):

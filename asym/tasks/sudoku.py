@@ -188,12 +188,20 @@ def solutions(grid: Grid, limit: int, rng: Random | None = None) -> list[Grid] |
         if not empty:
             found.append(_freeze(cells))
             return len(found) >= limit
-        taken = lambda cell: rows[cell[0]] | columns[cell[1]] | boxes[cell[2]]  # noqa: E731
-        k = max(range(len(empty)), key=lambda i: taken(empty[i]).bit_count())
+        most = -1
+        for i, (r, c, b) in enumerate(empty):
+            taken = (rows[r] | columns[c] | boxes[b]).bit_count()
+            if taken > most:
+                k, most = i, taken
+                if taken >= n - 1:  # one option or none: no cell can be more constrained
+                    break
         empty[k], empty[-1] = empty[-1], empty[k]
         cell = r, c, b = empty.pop()
-        options = [d for d in range(1, n + 1) if not taken(cell) >> d & 1]
-        for digit in rng.sample(options, len(options)) if rng else options:
+        taken = rows[r] | columns[c] | boxes[b]
+        options = [d for d in range(1, n + 1) if not taken >> d & 1]
+        if rng and len(options) > 1:
+            rng.shuffle(options)
+        for digit in options:
             budget -= 1
             if budget < 0:
                 return True
@@ -218,13 +226,19 @@ def _all_solutions_4x4() -> list[Grid]:
 def _random_solution(n: int, rng: Random) -> Grid:
     """A full grid: exactly uniform over the 288 grids of size 4; for size 9 every grid can occur.
 
-    A random search favours some of the 9×9 grids a little; no uniform sampler of them is known that is fast.
+    The boxes on the diagonal do not constrain each other and are drawn first, the rest is a random search. It favours
+    some of the 9×9 grids a little; no uniform sampler of them is known that is fast.
     """
     if n == 4:
         return rng.choice(_all_solutions_4x4())
-    while not (grids := solutions(((0,) * n,) * n, 1, rng)):
-        pass  # an unlucky order ran out of budget
-    return grids[0]
+    while True:
+        cells, box = [[0] * n for _ in range(n)], isqrt(n)
+        for first in range(0, n, box):
+            digits = rng.sample(range(1, n + 1), n)
+            for k in range(box):
+                cells[first + k][first : first + box] = digits[k * box : (k + 1) * box]
+        if grids := solutions(_freeze(cells), 1, rng):
+            return grids[0]  # else an unlucky order ran out of budget
 
 
 class _Trace:
