@@ -48,17 +48,25 @@ def _bench(args: argparse.Namespace) -> int:
     if missing:
         install = ".venv/bin/pip install -c constraints.txt -e .[test,bench]"
         raise ParamsError(f"bench: {', '.join(missing)} not installed: {install}")
+    from asym import figures
     from asym.base import train_base
     from asym.bench import bench
+    from asym.growth import growth
     from asym.rl import train_start
-    from asym.runs import manifest, results_dir, write_csv, write_json
+    from asym.runs import manifest, repo_root, results_dir, write_csv, write_json
+    from asym.study import write_readme
 
     out, began = results_dir("bench"), time.monotonic()
     start = train_start(p, train_base(p, p.seeds[0]), "sudoku", p.seeds[0])
     table = bench(p, start, args.rounds)
     write_csv(out / "bench.csv", table)
-    about = manifest(p.model_dump(), time.monotonic() - began, [out / "bench.csv"])
+    write_csv(out / "growth.csv", grown := growth(p, start, args.rounds))
+    figures.style()
+    figures.save(figures.cost_growth(grown), out / "figures" / "cost_growth")
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    about = manifest(p.model_dump(), time.monotonic() - began, files)
     write_json(out / "manifest.json", {"study": "bench", "complete": True} | about)
+    write_readme(repo_root())
     print(table.to_string(index=False, na_rep=""))
     return 0
 

@@ -12,16 +12,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import fmean, median
+from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from asym import evaluate, models, rl
 from asym.balance import Balance, NGDiff, TokenAveraged
 from asym.data import drawing_of, load_split, task_of
+from asym.parallel import side_by_side
 from asym.params import Params
 from asym.runs import Run, progress
 from asym.sft import TRAINING, SegmentCollator, SegmentSFTTrainer, threads
@@ -31,14 +33,15 @@ from asym.transcript import prefill
 
 COLUMNS = ["work", "ours", "baseline", "unit", "ratio", "ratio_low", "ratio_high", "target", "limit"]
 PROMPTS, GROUP = 16, 8  # of a GRPO step
-WARM = 1  # steps or rounds that are not counted
+STEPS = 6  # of a training that is timed, the first of which does not count
+WARM = 1  # rounds that do not count
 
 
 def bench(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
     """All measurements at the sizes of a study, with the checkpoint of `start`; one line per work, in `COLUMNS`."""
     task, lines = "sudoku", []
     parts = (training_lines, rl_lines, evaluation_lines, synthesis_lines)
-    with threads(p.threads), progress("bench", len(parts)) as bar, tempfile.TemporaryDirectory() as scratch:
+    with threads(p.threads * p.workers), progress("bench", len(parts)) as bar, tempfile.TemporaryDirectory() as scratch:
         for part in parts:
             lines += part(p, start, task, rounds, Path(scratch))
             bar.update()
@@ -95,47 +98,93 @@ class _TwoBackwards(SegmentSFTTrainer):
 
 def training_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
     """Seconds per step of the balances; tokens per second beside TRL's trainer with its own collator."""
+    ngdiff, averaged, two, stock, several = (
+        partial(seconds, *_trainer(p, start, task, scratch, NGDiff())),
+        partial(seconds, *_trainer(p, start, task, scratch, TokenAveraged())),
+        partial(seconds, *_trainer(p, start, task, scratch, NGDiff(), _TwoBackwards)),
+        partial(seconds, *_stock_trainer(p, start, task, scratch)),
+        partial(_several, p, start, task, scratch),
+    )
+    data, rows = load_split(p, task, "train_sft", p.seeds[0]), SegmentCollator(models.load(start.checkpoint)[1])
+    tokens = sum(int(rows([data[k]])["attention_mask"].sum()) for k in range(64)) / 64 * p.sft_batch
+    rate = lambda timed: lambda: tokens / timed()  # noqa: E731
+    steps = lambda timed: lambda: 1 / timed()  # noqa: E731
+    beside = f"SFT, {p.workers} arms side by side"
+    lines = [
+        compare("NGDiff step / token-averaged step", "s", ngdiff, averaged, rounds, "<= 1.25"),
+        compare("NGDiff step by prefix / by two backwards", "steps/s", steps(ngdiff), steps(two), rounds, ""),
+        compare("SFT, one arm", "tokens/s", rate(averaged), rate(stock), rounds, ">= 1.5"),
+        compare(f"{beside}, as a study runs them", "tokens/s", rate(several), rate(stock), rounds, ">= 1.5"),
+        compare(f"{beside} / one on all threads", "tokens/s", rate(several), rate(averaged), rounds, ""),
+    ]
+    model, _ = models.load(start.checkpoint)
+    weights, peak = sum(q.numel() for q in model.model.language_model.layers.parameters()), matrix_peak(p.hidden_size)
+    for line in lines[2:4]:
+        share = 6 * weights * line["ours"] / peak
+        line["limit"] = f"language layers alone: {share:.0%} of the {peak / 1e9:.0f} GFLOP/s of matrix products here"
+    return lines
+
+
+def seconds(trainer: SFTTrainer, clock: _Clock) -> float:
+    """Per step of a short training."""
+    trainer.train()
+    return clock.seconds
+
+
+def _several(p: Params, start: Run, task: str, scratch: Path) -> float:
+    """Seconds per step of all arms together when `p.workers` of them train side by side."""
+    return fmean(side_by_side(p.workers, _arm, [(p, start, task, scratch)] * p.workers)) / p.workers
+
+
+def _arm(p: Params, start: Run, task: str, scratch: Path) -> float:
+    with threads(p.threads):
+        return seconds(*_trainer(p, start, task, scratch, TokenAveraged()))
+
+
+def _trainer(
+    p: Params, start: Run, task: str, scratch: Path, balance: Balance, kind: type = SegmentSFTTrainer
+) -> tuple[SFTTrainer, _Clock]:
+    model, processor = models.load(start.checkpoint)
+    return _timed(
+        kind(
+            model=model,
+            processing_class=processor,
+            args=_arguments(p, scratch, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=load_split(p, task, "train_sft", p.seeds[0]),
+            data_collator=SegmentCollator(processor),
+            balance=balance,
+        )
+    )
+
+
+def _stock_trainer(p: Params, start: Run, task: str, scratch: Path) -> tuple[SFTTrainer, _Clock]:
     model, processor = models.load(start.checkpoint)
     data = load_split(p, task, "train_sft", p.seeds[0])
-    steps, rows = 4, SegmentCollator(processor)
-    tokens = sum(int(rows([data[k]])["attention_mask"].sum()) for k in range(64)) / 64 * p.sft_batch
-    arguments = {"max_steps": steps, "per_device_train_batch_size": p.sft_batch, "learning_rate": 0.0, **TRAINING}
-    arguments |= {"output_dir": str(scratch), "max_length": None, "save_strategy": "no", "logging_steps": 1000}
-    shared = {"model": model, "processing_class": processor}
-
-    def seconds(trainer: SFTTrainer, clock: _Clock) -> float:
-        trainer.train()
-        return clock.seconds
-
-    def ours(balance: Balance, kind: type = SegmentSFTTrainer) -> Callable[[], float]:
-        clock, skip = _Clock(), {"dataset_kwargs": {"skip_prepare_dataset": True}}
-        settings = {"args": SFTConfig(**arguments | skip), "train_dataset": data, "data_collator": rows}
-        trainer = kind(**shared, **settings, balance=balance, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)
-        return partial(seconds, trainer, clock)
-
     prompts = [[{"role": "user", "content": query}] for query in data["query"]]
     completions = [[{"role": "assistant", "content": response}] for response in data["response"]]
     conversations = data.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", completions)
-    clock = _Clock()
-    own = {"args": SFTConfig(**arguments), "train_dataset": conversations, "callbacks": [clock]}
-    stock = SFTTrainer(**shared, **own)
-    stock.remove_callback(PrinterCallback)
+    arguments = _arguments(p, scratch)
+    return _timed(SFTTrainer(model=model, processing_class=processor, args=arguments, train_dataset=conversations))
 
-    ngdiff, averaged = ours(NGDiff()), ours(TokenAveraged())
-    two = ours(NGDiff(), _TwoBackwards)
-    rate = lambda timed: lambda: tokens / timed()  # noqa: E731
-    lines = [
-        compare("NGDiff step / token-averaged step", "s", ngdiff, averaged, rounds, "<= 1.25"),
-        compare(
-            "NGDiff step by prefix / by two backwards", "steps/s", lambda: 1 / ngdiff(), lambda: 1 / two(), rounds, ""
-        ),
-        compare("SFT", "tokens/s", rate(averaged), rate(partial(seconds, stock, clock)), rounds, ">= 1.5"),
-    ]
-    weights, peak = sum(q.numel() for q in model.model.language_model.layers.parameters()), matrix_peak(p.hidden_size)
-    share = 6 * weights * lines[-1]["ours"] / peak
-    lines[-1]["limit"] = f"language layers alone: {share:.0%} of the {peak / 1e9:.0f} GFLOP/s of matrix products here"
-    return lines
+
+def _arguments(p: Params, scratch: Path, **more: Any) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(scratch),
+        max_steps=STEPS,
+        per_device_train_batch_size=p.sft_batch,
+        learning_rate=0.0,
+        max_length=None,
+        save_strategy="no",
+        logging_steps=1000,
+        **TRAINING,
+        **more,
+    )
+
+
+def _timed(trainer: Trainer) -> tuple[Trainer, _Clock]:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock := _Clock())
+    return trainer, clock
 
 
 def matrix_peak(width: int) -> float:
@@ -172,16 +221,10 @@ def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> li
     found = {}
 
     def step(kind: type) -> Callable[[], None]:
-        clock = _Clock()
-        trainer = kind(
-            model=model,
-            args=arguments,
-            reward_funcs=rewards,
-            train_dataset=rl.prompts(load_split(p, task, "train_rl", p.seeds[0])),
-            processing_class=processor,
-            callbacks=[clock],
+        data = rl.prompts(load_split(p, task, "train_rl", p.seeds[0]))
+        trainer, clock = _timed(
+            kind(model=model, args=arguments, reward_funcs=rewards, train_dataset=data, processing_class=processor)
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.rollouts = scratch / "rollouts"
         generate = trainer._generate
 

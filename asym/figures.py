@@ -325,6 +325,25 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
     return fig
 
 
+def cost_growth(growth: pd.DataFrame) -> Figure:
+    """Seconds over each size, both logarithmic, with the exponent of every line in its panel's legend."""
+    axes = ["response tokens", "batch", "group", "parameters"]
+    works = dict(zip(sorted(growth.work.unique()), ("o-", "s--"), strict=False))
+    fig, panels = plt.subplots(1, len(axes), figsize=(20, 5.5), sharey=True, layout="constrained")
+    for ax, axis in zip(panels, axes, strict=True):
+        for work, part in growth[growth.axis == axis].groupby("work"):
+            exponent = f"{work}: {part.exponent.iloc[0]:.2f} ± {part.standard_error.iloc[0]:.2f}"
+            whiskers = [part.seconds - part.low, part.high - part.seconds]
+            ax.errorbar(part["size"], part.seconds, whiskers, fmt=works[work], color=END_TO_END, label=exponent)
+        sizes = sorted(growth["size"][growth.axis == axis].unique())
+        ax.set(xscale="log", yscale="log", xlabel=axis)
+        ax.set_xticks(sizes, [f"{size / 1e6:.1f} M" if size >= 1e5 else f"{size:g}" for size in sizes])
+        ax.set_xticks([], minor=True)
+        ax.legend(title="exponent", frameon=False, fontsize="x-small", title_fontsize="x-small")
+    panels[0].set_ylabel("seconds")
+    return fig
+
+
 def samples(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
     """Images with their titles, at most four to a row."""
     columns = min(4, len(images))

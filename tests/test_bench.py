@@ -1,8 +1,9 @@
 """What the benchmark does, not how fast: no test here knows a time."""
 
+import numpy as np
 import pytest
 
-from asym import bench
+from asym import bench, figures, growth
 from asym.runs import Run
 
 
@@ -33,6 +34,24 @@ def test_every_part_measures_ours_and_the_stock_way(study, part):
         assert set(line) == set(bench.COLUMNS)
         assert line["ours"] > 0 < line["baseline"]
         assert line["ratio_low"] <= line["ratio"] <= line["ratio_high"]
+
+
+def test_growth_follows_one_size_at_a_time(study, monkeypatch):
+    monkeypatch.setattr(growth, "MIDDLE", {"response tokens": 4, "batch": 2, "group": 2, "width": 32})
+    small = {"response tokens": (4, 8), "batch": (1, 2), "group": (1, 2), "width": (32, 64)}
+    monkeypatch.setattr(growth, "SIZES", small)
+    p, start, _, rounds, _ = study
+    table = growth.growth(p, start, rounds)
+    assert table.groupby("work").axis.apply(set).to_dict() == {
+        "SFT step": {"response tokens", "batch", "parameters"},
+        "rollouts": {"response tokens", "batch", "group", "parameters"},
+    }
+    assert (table.groupby(["work", "axis"])["size"].count() == 2).all()
+    for _, part in table.groupby(["work", "axis"]):
+        slope = np.diff(np.log(part.seconds)) / np.diff(np.log(part["size"]))
+        assert part.exponent.to_numpy() == pytest.approx([*slope, *slope], abs=0.2)  # seconds are rounded
+    fig = figures.cost_growth(table)
+    assert [ax.get_xlabel() for ax in fig.axes] == ["response tokens", "batch", "group", "parameters"]
 
 
 def test_synthesis_is_measured_beside_two_libraries(study):
