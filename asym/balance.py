@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from math import nan
 from typing import ClassVar, Protocol
 
+import torch
+from torchjd.aggregation import PCGradWeighting
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -15,17 +18,23 @@ class Segments:
 
     Attributes:
         n_p, n_r: perception and reasoning tokens of the accumulated batch.
-        norm_p, norm_r: norms of the accumulated gradients of L_p and L_r; nan when not measured.
+        progress: share of the training's steps that are done, 0 to 1.
+        norm_p, norm_r, cosine: norms of the accumulated gradients of L_p and L_r, and the cosine of their angle.
+        loss_p, loss_r: L_p and L_r of the accumulated batch. These five are nan when not measured.
     """
 
     n_p: int
     n_r: int
+    progress: float = 0.0
     norm_p: float = nan
     norm_r: float = nan
+    cosine: float = nan
+    loss_p: float = nan
+    loss_r: float = nan
 
 
 class Balance(Protocol):
-    """A policy for λ. One that `needs_gradients` is asked with the norms filled in."""
+    """A policy for λ. One that `needs_gradients` is asked with norms, cosine and losses filled in."""
 
     needs_gradients: ClassVar[bool]
 
@@ -68,13 +77,60 @@ class NGDiff:
         return step.norm_r / total if total > 0 else 0.5
 
 
+class Uncertainty:
+    """λ = L_r / (L_p + L_r): each loss is divided by itself; the step goes along the gradient of log L_p + log L_r.
+
+    Uncertainty weighting (Kendall et al., arXiv 1705.07115) learns a variance σ² per loss, L/σ² + log σ²; here every σ²
+    is at its optimum for the current batch, σ² = L, and nothing has to be learned or resumed.
+    """
+
+    needs_gradients = True
+
+    def weight(self, step: Segments) -> float:
+        total = step.loss_p + step.loss_r
+        return step.loss_r / total if total > 0 else 0.5
+
+
+class PCGrad:
+    """Gradients that conflict are projected onto each other's normal plane before they are added (arXiv 2001.06782).
+
+    With two gradients the sum is again a weighted one, w_p·g_p + w_r·g_r, so λ = w_p / (w_p + w_r); without conflict it
+    is ½. The common factor w_p + w_r is left out: AdamW does not see it.
+    """
+
+    needs_gradients = True
+
+    def weight(self, step: Segments) -> float:
+        product = step.cosine * step.norm_p * step.norm_r
+        weight_p, weight_r = PCGradWeighting()(
+            torch.tensor([[step.norm_p**2, product], [product, step.norm_r**2]], dtype=torch.float64)
+        ).tolist()
+        return weight_p / (weight_p + weight_r)
+
+
+class PerceptionFirst:
+    """A curriculum: perception alone for the first half of the steps, then every token the same."""
+
+    needs_gradients = False
+
+    def weight(self, step: Segments) -> float:
+        return 1.0 if step.progress < 0.5 else TokenAveraged().weight(step)
+
+
+BALANCES = {
+    "token_averaged": TokenAveraged,
+    "ngdiff": NGDiff,
+    "uncertainty": Uncertainty,
+    "pcgrad": PCGrad,
+    "perception_first": PerceptionFirst,
+}
+
+
 def balance_of(arm: str) -> Balance:
-    """The policy of an SFT arm: `token_averaged`, `lambda_<number>` or `ngdiff`. Raises ValueError on any other."""
-    if arm == "token_averaged":
-        return TokenAveraged()
-    if arm == "ngdiff":
-        return NGDiff()
+    """The policy of an SFT arm: one of `BALANCES` or `lambda_<number>`. Raises ValueError on any other."""
+    if arm in BALANCES:
+        return BALANCES[arm]()
     kind, _, value = arm.partition("_")
     if kind == "lambda" and re.fullmatch(r"[01]|0\.\d+", value):
         return Fixed(float(value))
-    raise ValueError(f"unknown SFT arm {arm!r}: allowed are token_averaged, lambda_<0..1>, ngdiff")
+    raise ValueError(f"unknown SFT arm {arm!r}: allowed are {', '.join(BALANCES)}, lambda_<0..1>")

@@ -32,6 +32,7 @@ PAPER = {
     "C7 beyond the null": "not given",
     "C8": "up to +6.0",
     "C9": "up to +3.2",
+    "X3": "not tested",
 }  # "yes" for the others: stated without a figure
 CANDIDATES = ("solver_blindfold", "validity", "group_agreement")
 CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
@@ -118,6 +119,11 @@ def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     yield "C5 a_r falls", falls, 0.0
 
 
+def x3(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Re-weighting by NGDiff beats perception first, then token averaging, in a, at an equal number of steps."""
+    yield "X3", paired_difference(sft_rows, "ngdiff", "perception_first", "a", resamples), 0.0
+
+
 # ---- reinforcement learning ------------------------------------------------------------------------------------------
 
 
@@ -188,6 +194,7 @@ CLAIMS = (
     (c8, "rl_rows"),
     (c9, "rl_rows"),
     (c10, "rl_rows", "screening"),
+    (x3, "sft_rows"),
 )
 
 
@@ -235,4 +242,5 @@ def record(path: Path, found: pd.DataFrame) -> pd.DataFrame:
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     number = table.claim.str.extract(r"^[A-Z](\d+)", expand=False).astype(float)
-    return table.assign(number=number).sort_values(["number", "claim", "task", "family"], ignore_index=True)[COLUMNS]
+    table = table.assign(letter=table.claim.str[0], number=number)
+    return table.sort_values(["letter", "number", "claim", "task", "family"], ignore_index=True)[COLUMNS]

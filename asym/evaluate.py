@@ -1,6 +1,7 @@
 """a, a_p, a_r: one row per response, with problem and text, so that anyone can score it again."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import pandas as pd
@@ -52,6 +53,12 @@ def measure(
         run.finish()
     about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
     return pd.read_parquet(path).assign(**about)[[*about, *COLUMNS]]
+
+
+def measure_along(p: Params, runs: Mapping[int, Run], task: str, stage: str, arm: str, seed: int) -> pd.DataFrame:
+    """`measure` on the validation split of the runs of one training, by step; the rows say at which `step`."""
+    rows = [measure(p, run, task, stage, arm, seed, split="validation").assign(step=k) for k, run in runs.items()]
+    return pd.concat(rows, ignore_index=True)
 
 
 COLUMNS = ["mode", "problem_id", "rollout", "ground_truth", "completion"]

@@ -41,6 +41,7 @@ NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_n
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Task = Literal["sudoku", "graph_coloring"]
+Baseline = Literal["uncertainty", "pcgrad", "perception_first"]
 Surrogate = Literal["solver_blindfold", "validity", "group_agreement", "answer_consistency"]
 
 
@@ -101,6 +102,10 @@ class Params(BaseModel):
     sft_batch: Count = Field(8, description="responses per forward pass of SFT")
     sft_accumulation: Count = Field(1, description="forward passes per step of SFT")
     lambdas: list[Share] = Field([0.5], min_length=1, description="weights of perception's loss, an SFT arm each")
+    balances: list[Baseline] = Field(
+        ["uncertainty", "pcgrad", "perception_first"], description="further SFT arms: how others balance losses"
+    )
+    curve_every: Natural = Field(2, description="SFT steps from one measurement of accuracy to the next; 0 for none")
     lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
 
     # RL
@@ -134,7 +139,7 @@ class Params(BaseModel):
             raise ValueError("must be a folder name of letters, digits, '_', '-' and '.'")
         return value
 
-    @field_validator("seeds", "tasks", "lambdas", "alphas", "surrogates")
+    @field_validator("seeds", "tasks", "lambdas", "balances", "alphas", "surrogates")
     @classmethod
     def _distinct(cls, value: list) -> list:
         if len({f"{item:g}" if isinstance(item, float) else item for item in value}) < len(value):

@@ -10,8 +10,9 @@ the full pass needs to give only g_r.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -98,7 +99,12 @@ class SegmentSFTTrainer(SFTTrainer):
         self.balance = balance
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch here, not by Trainer
         self._counts: tuple[int, int] | None = None
-        self._grad_p: list[torch.Tensor | None] | None = None
+        self._grad_p: list[torch.Tensor | None] | None = None  # these three grow with the accumulated batch
+        self._loss_p = self._loss_r = 0.0
+
+    @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -109,7 +115,7 @@ class SegmentSFTTrainer(SFTTrainer):
         segments = inputs.pop("segments")
         counts = self._counts if self.model.training else None
         n_p, n_r = counts or (int((segments == PERCEPTION).sum()), int((segments == REASONING).sum()))
-        weight = self.balance.weight(Segments(n_p, n_r))
+        weight = self.balance.weight(Segments(n_p, n_r, self._progress))
         sum_p, sum_r = self._segment_sums(model, inputs, segments)
         self._log_losses(sum_p, sum_r, n_p, n_r)
         self._log("lambda", weight)
@@ -141,6 +147,7 @@ class SegmentSFTTrainer(SFTTrainer):
         _, sum_r = self._segment_sums(model, inputs, segments)
         self.accelerator.backward(sum_r / n_r)
         self._log_losses(sum_p, sum_r, n_p, n_r)
+        self._loss_p, self._loss_r = self._loss_p + sum_p.item() / n_p, self._loss_r + sum_r.item() / n_r
         weight = TokenAveraged().weight(Segments(n_p, n_r))  # of the reported loss; the step's own is set in the join
         if self.accelerator.sync_gradients:
             weight = self._join(parameters)
@@ -162,8 +169,9 @@ class SegmentSFTTrainer(SFTTrainer):
         grads_p, self._grad_p = self._grad_p, None
         pairs = [(_or_zero(q.grad, q), _or_zero(g, q)) for q, g in zip(parameters, grads_p, strict=True)]
         norm_r, norm_p = (torch.stack([g.norm() for g in grads]).norm().item() for grads in zip(*pairs, strict=True))
-        weight = self.balance.weight(Segments(*self._counts, norm_p, norm_r))
         cosine = sum((r * p).sum() for r, p in pairs).item() / max(norm_p * norm_r, 1e-30)
+        losses, self._loss_p, self._loss_r = (self._loss_p, self._loss_r), 0.0, 0.0
+        weight = self.balance.weight(Segments(*self._counts, self._progress, norm_p, norm_r, cosine, *losses))
         for q, (grad_r, grad_p) in zip(parameters, pairs, strict=True):
             q.grad = grad_r.mul_(1 - weight).add_(grad_p, alpha=weight)
         for name, value in zip(METRICS[3:], (weight, norm_p, norm_r, cosine), strict=True):
@@ -249,6 +257,19 @@ class ProgressCallback(TrainerCallback):
         self.bar.close()
 
 
+class SnapshotCallback(TrainerCallback):
+    """Saves the model after some steps, each to a run of its own, so that accuracy can be measured along training."""
+
+    def __init__(self, snapshots: dict[int, Run], processor: ProcessorMixin):
+        self.snapshots, self.processor = snapshots, processor
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        run = self.snapshots.get(state.global_step)
+        if run and not run.done:
+            models.save(model, self.processor, run.checkpoint)
+            run.finish()
+
+
 def fit(
     run: Run,
     label: str,
@@ -263,10 +284,11 @@ def fit(
     batch: int,
     seed: int,
     accumulation: int = 1,
+    snapshots: Mapping[int, Run] = MappingProxyType({}),
 ) -> None:
     """Train with AdamW (linear decay, 5 % warm-up, gradients clipped at norm 1); resumes by itself.
 
-    Leaves checkpoint and metrics in the run.
+    Leaves checkpoint and metrics in the run, and a checkpoint in each of `snapshots` (by step).
     """
     arguments = SFTConfig(
         output_dir=str(run.folder / "trainer"),
@@ -294,7 +316,7 @@ def fit(
         data_collator=SegmentCollator(processor),
         peft_config=models.lora(p),
         balance=balance,
-        callbacks=[ProgressCallback(label)],
+        callbacks=[ProgressCallback(label), SnapshotCallback(snapshots, processor)],
     )
     trainer.remove_callback(PrinterCallback)
     if steps:  # 0 leaves a stage out; the trainer would take it for "as many as there are"
@@ -319,38 +341,32 @@ def threads(n: int) -> Iterator[None]:
 
 def arms(p: Params) -> list[str]:
     """The SFT arms of a study."""
-    return ["token_averaged", *(f"lambda_{value:g}" for value in p.lambdas), "ngdiff"]
+    return ["token_averaged", *(f"lambda_{value:g}" for value in p.lambdas), "ngdiff", *p.balances]
+
+
+def along(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | None = None) -> dict[int, Run]:
+    """The runs of one SFT arm on one task by step: every `p.curve_every` steps, and last the arm itself."""
+    steps = steps or p.sft_steps
+    keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
+    keys += ("prompt_style", f"difficulty_{task}")
+    config = {key: getattr(p, key) for key in keys} | {"base": base.folder.name, "task": task, "arm": arm}
+    config |= {"seed": seed, "steps": steps}
+    between = range(p.curve_every, steps, p.curve_every) if p.curve_every else ()
+    configs = {step: config | {"at": step} for step in between} | {steps: config}
+    return {step: Run.open(repo_root(), f"sft-{task}-{arm}", config) for step, config in configs.items()}
 
 
 def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | None = None) -> Run:
     """The finished run of one SFT arm on one task, trained now if it has not been; `steps` default to `p.sft_steps`."""
-    steps = steps or p.sft_steps
-    keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
-    keys += ("prompt_style", f"difficulty_{task}")
-    config = {key: getattr(p, key) for key in keys} | {
-        "base": base.folder.name,
-        "task": task,
-        "arm": arm,
-        "seed": seed,
-        "steps": steps,
-    }
-    run = Run.open(repo_root(), f"sft-{task}-{arm}", config)
-    if not run.done:
-        torch.manual_seed(seed)
-        model, processor = models.load(base.checkpoint)
-        fit(
-            run,
-            f"SFT {task} {arm}",
-            model,
-            processor,
-            load_split(p, task, "train_sft", seed),
-            balance_of(arm),
-            p,
-            steps=steps,
-            lr=p.sft_lr,
-            batch=p.sft_batch,
-            accumulation=p.sft_accumulation,
-            seed=seed,
-        )
-        run.finish()
+    runs = along(p, base, task, arm, seed, steps)
+    steps, run = runs.popitem()
+    if run.done and all(snapshot.done for snapshot in runs.values()):
+        return run
+    torch.manual_seed(seed)
+    model, processor = models.load(base.checkpoint)
+    data = load_split(p, task, "train_sft", seed)
+    schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
+    label = f"SFT {task} {arm}"
+    fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=runs, **schedule)
+    run.finish()
     return run

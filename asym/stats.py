@@ -154,6 +154,13 @@ def measures(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """a_p, a_r and a in points along training: a row per task, family, arm, seed and `step`, which `rows` must have."""
+    keys = ["task", "family", "arm", "seed", "step"]
+    means = {measure: 100 * select(rows, measure).groupby(keys).value.mean() for measure in ("a_p", "a_r", "a")}
+    return pd.DataFrame(means).reset_index()
+
+
 def gains(rows: pd.DataFrame, baseline: str, resamples: int = 1000) -> pd.DataFrame:
     """Paired gains of every other arm over `baseline` in a_p, a_r and a, in points, in the columns of `measures`."""
     records = []

@@ -107,7 +107,11 @@ def _markdown(table: pd.DataFrame) -> str:
         cells = zip(table.estimate, table.low, table.high, digits, strict=True)
         shown = ["" if np.isnan(x) else f"{x:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for x, low, high, d in cells]
         table = table.assign(estimate=shown).drop(columns=["low", "high"])
-    lines = [list(table), ["---"] * table.shape[1], *table.fillna("").astype(str).values.tolist()]
+    lines = [
+        list(table),
+        ["---"] * table.shape[1],
+        *table.astype(object).where(table.notna(), "").astype(str).values.tolist(),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -22,7 +22,7 @@ def _tiny(**changes) -> Params:
     sizes = {"hidden_size": 32, "layers": 2, "vision_hidden_size": 16, "vision_layers": 1, "image_size": 32}
     splits = {"n_train_base": 12, "n_train_sft": 12, "n_train_rl": 2, "n_validation": 2, "n_test": 4, "n_coupling": 2}
     steps = {"language_steps": 1, "vision_steps": 1, "language_batch": 4, "vision_batch": 4, "sft_steps": 2}
-    steps |= {"sft_batch": 4, "max_new_tokens": 8, "rl_prompts": 2, "rl_steps": 1, "threads": 1}
+    steps |= {"sft_batch": 4, "max_new_tokens": 8, "rl_prompts": 2, "rl_steps": 1, "threads": 1, "curve_every": 0}
     return Params().model_copy(update=sizes | splits | steps | changes)
 
 

@@ -53,6 +53,11 @@ def test_c1_and_c6_compare_the_gains_of_the_two_halves(rates, expected):
     assert verdicts(rl_rows=rl_rows)["C6"] == expected
 
 
+@pytest.mark.parametrize(("second", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.9), "not reproduced")])
+def test_x3_compares_ngdiff_with_perception_first(second, expected):
+    assert verdicts(sft_rows=responses({"ngdiff": (0.7, 0.9), "perception_first": second}))["X3"] == expected
+
+
 def test_c2_compares_shares():
     found = claims(imbalance=imbalance(0.10, 0.03)).set_index("claim")
     assert found.estimate["C2"] == pytest.approx(7, abs=0.3)
@@ -166,6 +171,7 @@ def test_only_claims_whose_tables_are_given_are_made_and_arms_not_run_are_inconc
         "C5 a_p rises",
         "C5 a_r falls",
         "C5 interior",
+        "X3",
     ]
     assert list(table.task.iloc[:2]) == ["graph_coloring", "sudoku"]
     missing = table[table.claim != "C1"]
@@ -184,7 +190,7 @@ def test_recording_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
     first = record(path, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
     rl = claims(rl_rows=responses(START | {"outcome": (0.5, 0.9)}))
     both = record(path, rl)
-    assert list(both.claim) == [*first.claim, *rl.claim]
+    assert list(both.claim) == [*first.claim[:-1], *rl.claim, "X3"]
     again = claims(sft_rows=responses(BASE | {"token_averaged": (0.4, 0.9)}))
     merged = record(path, again)
     assert merged.set_index("claim").verdict["C1"] == "reproduced"

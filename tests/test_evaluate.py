@@ -7,7 +7,7 @@ import pytest
 from asym import evaluate
 from asym.base import own_format
 from asym.data import load_split, task_of
-from asym.evaluate import COLUMNS, measure
+from asym.evaluate import COLUMNS, measure, measure_along
 from asym.scoring import score
 from asym.transcript import prefill
 
@@ -140,3 +140,11 @@ def test_own_format_reports_the_base_on_its_three_own_exercises(tiny, base, root
     rows = own_format(tiny(), base, "sudoku")
     assert rows["mode"].value_counts().to_dict() == {"transcribe_clean": 2, "transcribe_study": 2, "puzzle_in_words": 2}
     assert rows.notna().all(axis=None)
+
+
+def test_along_a_training_every_checkpoint_answers_the_validation_problems(tiny, base, root):
+    p = tiny()
+    rows = measure_along(p, {1: base, 5: base}, "sudoku", "sft", "ngdiff", 0)
+    assert rows.groupby("step").problem_id.nunique().to_dict() == {1: p.n_validation, 5: p.n_validation}
+    plain = measure(p, base, "sudoku", "sft", "ngdiff", 0, split="validation")
+    pd.testing.assert_frame_equal(rows[rows.step == 5].drop(columns="step").reset_index(drop=True), plain)

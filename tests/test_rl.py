@@ -158,7 +158,7 @@ def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, r
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
-    monkeypatch.setattr(models, "TOGETHER", 700)
+    monkeypatch.setattr(models, "TOGETHER", 200)
     monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
     p = tiny(max_new_tokens=400)
     script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])

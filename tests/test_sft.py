@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from asym import models, sft
-from asym.balance import Fixed, NGDiff, Segments, TokenAveraged, balance_of
+from asym.balance import Fixed, NGDiff, PCGrad, PerceptionFirst, Segments, TokenAveraged, Uncertainty, balance_of
 from asym.base import train_base
 from asym.data import build_split
 from asym.params import Params
@@ -21,6 +21,7 @@ from asym.sft import METRICS, ProgressCallback, SegmentCollator, SegmentSFTTrain
 from asym.transcript import PERCEPTION, REASONING
 
 POLICIES = {"token_averaged": TokenAveraged(), "lambda_0.3": Fixed(0.3), "ngdiff": NGDiff()}
+POLICIES |= {"uncertainty": Uncertainty(), "pcgrad": PCGrad()}
 policies = pytest.mark.parametrize("balance", POLICIES.values(), ids=POLICIES)
 EXACT = {"atol": 1e-6, "rtol": 1e-4}
 
@@ -325,17 +326,50 @@ def test_the_policies_are_their_formulas():
     assert TokenAveraged().weight(step) == 0.1
     assert Fixed(0.7).weight(step) == 0.7
     assert NGDiff().weight(step) == 0.25
-    assert NGDiff().weight(Segments(1, 9, 0.0, 0.0)) == 0.5
-    assert [policy.needs_gradients for policy in POLICIES.values()] == [False, False, True]
+    assert NGDiff().weight(Segments(1, 9, norm_p=0.0, norm_r=0.0)) == 0.5
+    assert [policy.needs_gradients for policy in POLICIES.values()] == [False, False, True, True, True]
+
+
+def test_uncertainty_steps_along_the_gradient_of_the_sum_of_the_log_losses(vlm, rows, tmp_path):
+    model, processor = vlm
+    (loss_p, loss_r), (grads_p, grads_r) = definition(model, processor, rows)
+    (ours,), trainer = train(tmp_path, model, processor, rows, Uncertainty(), batch=4, accumulation=2)
+    assert logged(trainer)["lambda"] == pytest.approx(loss_r / (loss_p + loss_r), rel=1e-4)
+    of_logs = {name: grads_p[name] / loss_p + grads_r[name] / loss_r for name in ours}
+    assert_same({n: g / norm(ours) for n, g in ours.items()}, {n: g / norm(of_logs) for n, g in of_logs.items()})
+    assert Uncertainty().weight(Segments(1, 9, loss_p=0.0, loss_r=0.0)) == 0.5
+
+
+def test_pcgrad_adds_the_gradients_projected_off_each_other_only_where_they_conflict():
+    grad_p, grad_r = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 2.0])
+    step = Segments(1, 9, norm_p=1.0, norm_r=5**0.5, cosine=-(5**-0.5))
+    weight = PCGrad().weight(step)
+    surgery = (grad_p - grad_p @ grad_r / (grad_r @ grad_r) * grad_r) + (grad_r - (grad_r @ grad_p) * grad_p)
+    mixed = weight * grad_p + (1 - weight) * grad_r
+    torch.testing.assert_close(mixed / mixed.norm(), surgery / surgery.norm())
+    assert weight != 0.5
+    assert PCGrad().weight(Segments(1, 9, norm_p=1.0, norm_r=7.0, cosine=0.3)) == 0.5
+    assert PCGrad().weight(Segments(1, 9, norm_p=0.0, norm_r=0.0, cosine=0.0)) == 0.5
+
+
+def test_perception_first_turns_to_all_tokens_half_way(base, rows, tmp_path):
+    steps = [Segments(1, 9, progress=share) for share in (0.0, 0.49, 0.5, 1.0)]
+    assert [PerceptionFirst().weight(step) for step in steps] == [1.0, 1.0, 0.1, 0.1]
+    model, processor = models.load(base.checkpoint)
+    _, trainer = train(tmp_path, model, processor, rows, PerceptionFirst(), steps=4, log_every=1)
+    found = [entry["lambda"] for entry in trainer.state.log_history if "lambda" in entry]
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] == found[3] == pytest.approx(logged(trainer)["token_share"])
 
 
 def test_arms_name_their_policies():
     assert isinstance(balance_of("token_averaged"), TokenAveraged)
     assert isinstance(balance_of("ngdiff"), NGDiff)
     assert balance_of("lambda_0.5") == Fixed(0.5)
-    assert sft.arms(Params().model_copy(update={"lambdas": [0.3, 0.5]})) == [
-        *("token_averaged", "lambda_0.3", "lambda_0.5", "ngdiff")
-    ]
+    p = Params().model_copy(update={"lambdas": [0.3, 0.5], "balances": ["pcgrad", "perception_first"]})
+    arms = ["token_averaged", "lambda_0.3", "lambda_0.5", "ngdiff", "pcgrad", "perception_first"]
+    assert sft.arms(p) == arms
+    assert [type(balance_of(arm)) for arm in arms[-2:]] == [PCGrad, PerceptionFirst]
 
 
 @pytest.mark.parametrize("arm", ["lambda_1.5", "lambda_-0.1", "lambda_nan", "lambda_x", "lambda", "stock", ""])
@@ -405,6 +439,23 @@ def test_a_finished_arm_is_reused_and_what_determines_it_names_its_folder(tiny, 
     ):
         with pytest.raises(TypeError):  # would train
             train_arm(p, base, task, arm, seed)
+
+
+def test_checkpoints_along_a_training_are_those_it_passed(tiny, base, root, monkeypatch):
+    """Also when they are asked for only after the arm has been trained."""
+    bare = train_arm(tiny(sft_steps=5, curve_every=0), base, "sudoku", "ngdiff", 0)
+    p = tiny(sft_steps=5, curve_every=2)
+    end = train_arm(p, base, "sudoku", "ngdiff", 0)
+    runs = sft.along(p, base, "sudoku", "ngdiff", 0)
+    assert list(runs) == [2, 4, 5]
+    assert end.folder == bare.folder == runs[5].folder
+    assert all(run.done for run in runs.values())
+    found = [load_file(run.checkpoint / "model.safetensors") for run in runs.values()]
+    before = load_file(base.checkpoint / "model.safetensors")
+    moved = [sum((after[name] - before[name]).norm().item() ** 2 for name in before) for after in found]
+    assert 0 < moved[0] < moved[1] < moved[2]
+    monkeypatch.setattr(sft, "fit", None)
+    assert train_arm(p, base, "sudoku", "ngdiff", 0).folder == end.folder
 
 
 def test_a_lora_arm_trains_its_adapter_alone_and_reloads_merged(tiny, base, root):

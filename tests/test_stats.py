@@ -185,3 +185,15 @@ def test_any_rows_give_an_ordered_interval_that_does_not_depend_on_their_order(r
     )
     assert repr(forward) == repr(backward)
     assert math.isnan(forward.low) or 0 <= forward.low <= forward.high <= 100
+
+
+def test_curves_are_means_by_step():
+    rows = responses({"ngdiff": (0.8, 0.5)}, problems=50, seeds=(0, 1))
+    rows = pd.concat([rows.assign(step=1, a=0.0, a_p=0.0), rows.assign(step=2)])
+    found = stats.curves(rows).set_index(["seed", "step"])
+    assert list(found.loc[0].index) == [1, 2]
+    assert (found.loc[(slice(None), 1), ["a", "a_p", "a_r"]] == 0).all(axis=None)
+    late = rows[(rows.step == 2) & (rows.seed == 1)]
+    end_to_end, counterfactual = split(late)
+    expected = [100 * end_to_end.a.mean(), 100 * end_to_end.a_p.mean(), 100 * counterfactual.a.mean()]
+    assert found.loc[(1, 2), ["a", "a_p", "a_r"]].tolist() == pytest.approx(expected)
