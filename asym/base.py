@@ -25,8 +25,7 @@ from asym.transcript import compose
 
 TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.25  # of the vision stage that stays text
-# Short deductions in a nearly canonical order: wandering, checking and restating are what SFT brings.
-BASE_VARIATION, BASE_VERBOSITY = 0.1, 0
+BASE_VARIATION, BASE_VERBOSITY = 1.0, 0  # deductions as free as those of SFT, without its restatements
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
@@ -58,7 +57,8 @@ def train_base(p: Params, seed: int) -> Run:
     language = Run.open(repo_root(), "base-language", config)
     vision_keys = ("vision_steps", "vision_lr", "vision_batch")
     vision = Run.open(repo_root(), "base", config | {key: getattr(p, key) for key in vision_keys})
-    alone = p.model_copy(update={"lora_rank": 0, "threads": p.threads * p.workers})
+    parts = Params.model_fields["trained_parts"].default
+    alone = p.model_copy(update={"lora_rank": 0, "trained_parts": parts, "threads": p.threads * p.workers})
     if vision.done:
         return vision
     words = concatenate_datasets([puzzles_in_words(p, name, seed) for name in p.tasks])

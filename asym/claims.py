@@ -32,6 +32,7 @@ PAPER = {
     "C7 beyond the null": "not given",
     "C8": "up to +6.0",
     "C9": "up to +3.2",
+    "X1": "not tested",
     "X3": "not tested",
 }  # "yes" for the others: stated without a figure
 CANDIDATES = ("solver_blindfold", "validity", "group_agreement")
@@ -119,6 +120,18 @@ def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     yield "C5 a_r falls", falls, 0.0
 
 
+def x1(dose_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Token-averaged SFT leaves a wider gap a_r − a_p with the longest reasoning than with the shortest."""
+    rows = dose_rows[(dose_rows.axis == "length") & (dose_rows.arm == "token_averaged")]
+    levels = sorted(rows.level.unique())
+    estimate = UNTESTED
+    if len(levels) > 1:
+        rows = rows.assign(arm=rows.level.map({levels[0]: "short", levels[-1]: "long"}))
+        weights = {("long", "a_r"): 1, ("long", "a_p"): -1, ("short", "a_r"): -1, ("short", "a_p"): 1}
+        estimate = stats.contrast(rows, weights, resamples)
+    yield "X1", estimate, 0.0
+
+
 def x3(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """Re-weighting by NGDiff beats perception first, then token averaging, in a, at an equal number of steps."""
     yield "X3", paired_difference(sft_rows, "ngdiff", "perception_first", "a", resamples), 0.0
@@ -194,6 +207,7 @@ CLAIMS = (
     (c8, "rl_rows"),
     (c9, "rl_rows"),
     (c10, "rl_rows", "screening"),
+    (x1, "dose_rows"),
     (x3, "sft_rows"),
 )
 
@@ -205,15 +219,18 @@ def claims(
     rollouts: pd.DataFrame | None = None,
     counterfactual: pd.DataFrame | None = None,
     screening: pd.DataFrame | None = None,
+    dose_rows: pd.DataFrame | None = None,
     resamples: int = 1000,
 ) -> pd.DataFrame:
     """One line per claim × task × family, in `COLUMNS`; claims that need a table that is None are left out.
 
     `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff; `rl_rows` start, outcome, alpha_… and surrogates;
-    `rollouts` and `counterfactual` those of the arm start; `imbalance` and `screening` are the tables of those names.
+    `rollouts` and `counterfactual` those of the arm start; `imbalance` and `screening` are the tables of those names;
+    `dose_rows` hold the arms token_averaged and ngdiff, with axis and level.
     """
     given = {"sft_rows": sft_rows, "rl_rows": rl_rows, "imbalance": imbalance}
     given |= {"rollouts": rollouts, "counterfactual": counterfactual, "screening": screening}
+    given["dose_rows"] = dose_rows
     parts = {name: dict(iter(t.groupby(["task", "family"]))) for name, t in given.items() if t is not None}
     records = []
     for test, *needed in CLAIMS:

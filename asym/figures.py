@@ -281,6 +281,75 @@ def _name(fig: Figure, ends: dict[Axes, list[tuple]]) -> Figure:
     return fig
 
 
+# ---- dose and response -----------------------------------------------------------------------------------------------
+
+
+def dose_response(table: pd.DataFrame) -> Figure:
+    """a_p and a_r (points) over the dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
+
+    From the table of `imbalance.dose_response`.
+    """
+    axes_of = list(dict.fromkeys(table.axis))
+    fig, axes = _panels(_tasks(table), axes_of, 6, 4, sharex="col", sharey=True)
+    for (task, axis), ax in axes.items():
+        part = table[(table.task == task) & (table.axis == axis)].sort_values("level")
+        for arm, style in (("token_averaged", "o-"), ("ngdiff", "D--")):
+            for measure in ("a_p", "a_r"):
+                line = part[part.response == f"{arm} {measure}"]
+                error = [line.estimate - line.low, line.high - line.estimate]
+                ax.errorbar(line.level, line.estimate, error, fmt=style, color=BARS[measure][1], capsize=3)
+        ax.set(title=f"{TASKS.get(task, task)}, {axis}", ylim=(0, 105), xticks=sorted(part.level.unique()))
+        ax.set_xlabel(f"dose of {axis}" if task == _tasks(table)[-1] else "")
+    fig.supylabel("accuracy (points)")
+    fig.suptitle(f"Dose and response ({_count(table.n.max(), 'problem')}, {_count(table.seeds.max(), 'seed')})")
+    keys = [Line2D([], [], color=BARS[m][1], lw=4, label=BARS[m][0]) for m in ("a_p", "a_r")]
+    keys += [Line2D([], [], color="black", marker="o", label=display("token_averaged"))]
+    keys += [Line2D([], [], color="black", marker="D", ls="--", label=display("ngdiff"))]
+    fig.legend(handles=keys, ncols=4, frameon=False, loc="outside lower center")
+    return fig
+
+
+def dose_map(table: pd.DataFrame) -> Figure:
+    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task."""
+    responses = {"gap": "gap of token-averaged: a_r − a_p", "gain": "gain of NGDiff in a"}
+    doses = table.axis + " " + table.level.map("{:g}".format)
+    table = table.assign(dose=pd.Categorical(doses, list(dict.fromkeys(doses))))
+    fig, axes = _panels([""], list(responses), 7, 0.55 * doses.nunique() + 1, sharey=True)
+    shown = table[table.response.isin(responses)]
+    limit = max(shown.estimate.abs().max(), 1)
+    for (_, response), ax in axes.items():
+        grid = shown[shown.response == response].pivot_table(
+            index="dose", columns="task", values="estimate", observed=True
+        )
+        grid = grid[_tasks(table)].rename(columns=TASKS)
+        sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=True, fmt="+.0f", cbar=False, ax=ax)
+        ax.set(title=responses[response], xlabel="", ylabel="")
+        ax.tick_params(axis="y", rotation=0)
+    fig.suptitle("Where imbalance bites (points)")
+    return fig
+
+
+def share_predicts_gap(table: pd.DataFrame) -> Figure:
+    """The gap of token-averaged SFT over perception's share of tokens, loss and gradient (%): a dot per dose and task.
+
+    Titles give Spearman's ρ over all dots.
+    """
+    gaps = table[table.response == "gap"]
+    shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
+    fig, axes = _panels([""], list(shares), 5.5, 4.5, sharey=True)
+    marks = dict(zip(_tasks(table), "os", strict=False))
+    for (_, share), ax in axes.items():
+        for task, mark in marks.items():
+            part = gaps[gaps.task == task]
+            ax.plot(100 * part[share], part.estimate, mark, color=END_TO_END, ms=10, label=TASKS.get(task, task))
+        rho = gaps[share].corr(gaps.estimate, method="spearman")
+        ax.axhline(0, color=QUIET, lw=1)
+        ax.set(title=f"ρ = {rho:.2f}", xlabel=f"perception's share of {shares[share]} (%)")
+    axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
+    fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
+    return fig
+
+
 # ---- correlations and claims -----------------------------------------------------------------------------------------
 
 
@@ -336,6 +405,7 @@ CLAIMS = {
     "C8 interior": "best inner α − best end",
     "C9": "best surrogate − outcome only",
     "C10": "ρ of screening and gain",
+    "X1": "gap, longest reasoning − shortest",
     "X3": "NGDiff − perception first",
 }
 

@@ -4,12 +4,14 @@ All three are shares of the token-averaged loss, Σ_p/n + Σ_r/n: what perceptio
 minimises. Its share of the tokens is fixed by the data; the other two say how much of the signal it really is.
 """
 
+from dataclasses import asdict
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from asym import models
+from asym import models, stats
 from asym.data import load_split
 from asym.params import Params
 from asym.runs import Run, progress
@@ -51,3 +53,61 @@ def measure_shares(
             rows.append(about | {"batch": index} | {k: v[0] / sum(v) for k, v in shares.items()} | means)
             bar.update()
     return pd.DataFrame(rows)
+
+
+# ---- dose and response -----------------------------------------------------------------------------------------------
+
+AXES = {
+    "length": ("verbosity",),
+    "entropy": ("variation",),
+    "difficulty": ("difficulty_sudoku", "difficulty_graph_coloring"),
+}
+SHARES = ("token_share", "loss_share", "gradient_share")
+
+
+def doses(p: Params) -> dict[tuple[str, float], Params]:
+    """The study at other levels of one knob, by (axis, level): how long, how free, how hard to see."""
+    levels = {"length": p.dose_verbosity, "entropy": p.dose_variation, "difficulty": p.dose_difficulty}
+    return {
+        (axis, level): p.model_copy(update=dict.fromkeys(AXES[axis], level)) for axis in AXES for level in levels[axis]
+    }
+
+
+def path_shares(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What a trainer logged, with perception's shares of loss and gradient in the token-averaged loss at each step.
+
+    Logged losses and norms are those of the means L_p and L_r; the shares are those of the sums they weigh in.
+    """
+    weight = metrics.token_share
+    loss_p, loss_r = weight * metrics.loss_perception, (1 - weight) * metrics.loss_reasoning
+    push_p, push_r = weight * metrics.grad_norm_perception, (1 - weight) * metrics.grad_norm_reasoning
+    return metrics.assign(loss_share=loss_p / (loss_p + loss_r), gradient_share=push_p / (push_p + push_r))
+
+
+def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
+    """Gap and gain at every dose, beside perception's mean shares along token-averaged training.
+
+    Args:
+        rows: responses of the arms token_averaged and ngdiff with the columns axis and level besides their own.
+        metrics: what token-averaged training logged, with task, axis and level.
+
+    Returns:
+        Columns task, family, axis, level, response, estimate, low, high (points), n, seeds, and the three shares.
+        Responses are "gap" (a_r − a_p of token-averaged SFT), "gain" (of NGDiff over it in a) and either arm's a_p, a_r
+        and a, as "ngdiff a_p".
+    """
+    shares = path_shares(metrics).groupby(["task", "axis", "level"])[list(SHARES)].mean()
+    kinds = {"gap": {("token_averaged", "a_r"): 1, ("token_averaged", "a_p"): -1}}
+    kinds |= {"gain": {("ngdiff", "a"): 1, ("token_averaged", "a"): -1}}
+    kinds |= {
+        f"{arm} {measure}": {(arm, measure): 1}
+        for arm in ("token_averaged", "ngdiff")
+        for measure in ("a_p", "a_r", "a")
+    }
+    records = []
+    for (task, family, axis, level), part in rows.groupby(["task", "family", "axis", "level"]):
+        about = {"task": task, "family": family, "axis": axis, "level": level}
+        for response, weights in kinds.items():
+            estimate = stats.contrast(part, weights, resamples)
+            records.append(about | {"response": response} | asdict(estimate) | shares.loc[task, axis, level].to_dict())
+    return pd.DataFrame(records)

@@ -176,11 +176,22 @@ def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, processor
 
 
-def lora(p: Params) -> LoraConfig | None:
-    """LoRA on every linear layer, language and vision alike; None when all weights train."""
+def part_of(name: str) -> str:
+    """The part of a vision-language model that a parameter or module belongs to, by its name."""
+    if "merger" in name or "projector" in name:
+        return "projector"
+    return "vision" if ".visual." in name or "vision_tower" in name else "language"
+
+
+def prepare_training(model: PreTrainedModel, p: Params) -> LoraConfig | None:
+    """Freeze all but `p.trained_parts`; with `p.lora_rank`, LoRA on every linear layer of theirs but the output's."""
+    for name, weights in model.named_parameters():
+        weights.requires_grad = part_of(name) in p.trained_parts
     if not p.lora_rank:
         return None
-    return LoraConfig(r=p.lora_rank, lora_alpha=2 * p.lora_rank, target_modules="all-linear")
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if part_of(name) in p.trained_parts and not name.endswith("lm_head")]
+    return LoraConfig(r=p.lora_rank, lora_alpha=2 * p.lora_rank, target_modules=targets)
 
 
 def chat(processor: ProcessorMixin, query: str, image: bool) -> str:

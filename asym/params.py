@@ -42,6 +42,7 @@ Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Task = Literal["sudoku", "graph_coloring"]
 Baseline = Literal["uncertainty", "pcgrad", "perception_first"]
+Part = Literal["language", "projector", "vision"]
 Surrogate = Literal["solver_blindfold", "validity", "group_agreement", "answer_consistency"]
 
 
@@ -70,7 +71,7 @@ class Params(BaseModel):
 
     # Text
     prompt_style: Literal["brief", "full"] = Field("brief", description="prompt of a few words, or with the rules")
-    verbosity: int = Field(1, ge=0, le=8, description="length of the reasoning at equal content")
+    verbosity: int = Field(1, ge=0, le=64, description="length of the reasoning at equal content")
     variation: Share = Field(1.0, description="how unpredictable the reasoning is at equal length, 0 one fixed trace")
 
     # Splits (problems per task)
@@ -96,6 +97,11 @@ class Params(BaseModel):
     vision_lr: Rate = Field(1e-3, description="learning rate of the vision stage")
     vision_batch: Count = Field(16, description="drawings per step of the vision stage")
 
+    # Post-training
+    trained_parts: list[Part] = Field(
+        ["language", "projector", "vision"], min_length=1, description="parts of the model that SFT and RL train"
+    )
+
     # SFT
     sft_steps: Count = Field(4, description="steps of every SFT arm")
     sft_lr: Rate = Field(1e-3, description="learning rate of SFT")
@@ -107,6 +113,11 @@ class Params(BaseModel):
     )
     curve_every: Natural = Field(2, description="SFT steps from one measurement of accuracy to the next; 0 for none")
     lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
+
+    # Dose and response: SFT again at other levels of one knob, the others left alone; [] leaves an axis out
+    dose_verbosity: list[Natural] = Field([0, 2], description="levels of verbosity")
+    dose_variation: list[Share] = Field([], description="levels of variation")
+    dose_difficulty: list[Share] = Field([], description="levels of the drawings' difficulty")
 
     # RL
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
@@ -139,7 +150,17 @@ class Params(BaseModel):
             raise ValueError("must be a folder name of letters, digits, '_', '-' and '.'")
         return value
 
-    @field_validator("seeds", "tasks", "lambdas", "balances", "alphas", "surrogates")
+    @field_validator(
+        "seeds",
+        "tasks",
+        "lambdas",
+        "balances",
+        "dose_verbosity",
+        "dose_variation",
+        "dose_difficulty",
+        "alphas",
+        "surrogates",
+    )
     @classmethod
     def _distinct(cls, value: list) -> list:
         if len({f"{item:g}" if isinstance(item, float) else item for item in value}) < len(value):

@@ -145,7 +145,9 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     """
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    config = {key: getattr(p, key) for key in (*keys, "lora_rank", "prompt_style", f"difficulty_{task}")}
+    config = {
+        key: getattr(p, key) for key in (*keys, "lora_rank", "trained_parts", "prompt_style", f"difficulty_{task}")
+    }
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
     if run.done:
@@ -178,7 +180,7 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
         reward_funcs=[as_trl(reward, task_of(p, task)) for reward in REWARDS],
         train_dataset=prompts(load_split(p, task, "train_rl", seed)),
         processing_class=processor,
-        peft_config=models.lora(p),
+        peft_config=models.prepare_training(model, p),
         callbacks=[ProgressCallback(f"RL {task} {arm}")],
     )
     trainer.remove_callback(PrinterCallback)

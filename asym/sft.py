@@ -314,7 +314,7 @@ def fit(
         train_dataset=dataset,
         processing_class=processor,
         data_collator=SegmentCollator(processor),
-        peft_config=models.lora(p),
+        peft_config=models.prepare_training(model, p),
         balance=balance,
         callbacks=[ProgressCallback(label), SnapshotCallback(snapshots, processor)],
     )
@@ -348,7 +348,7 @@ def along(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | Non
     """The runs of one SFT arm on one task by step: every `p.curve_every` steps, and last the arm itself."""
     steps = steps or p.sft_steps
     keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
-    keys += ("prompt_style", f"difficulty_{task}")
+    keys += ("prompt_style", "trained_parts", f"difficulty_{task}")
     config = {key: getattr(p, key) for key in keys} | {"base": base.folder.name, "task": task, "arm": arm}
     config |= {"seed": seed, "steps": steps}
     between = range(p.curve_every, steps, p.curve_every) if p.curve_every else ()

@@ -121,7 +121,7 @@ def test_prompts_without_images_decode_alike_after_one_with_an_image(vlm, rows):
 
 def test_an_adapter_decodes_as_it_generates(tiny, vlm, rows):
     model, _ = vlm
-    adapted = get_peft_model(model, models.lora(tiny(lora_rank=4)))
+    adapted = get_peft_model(model, models.prepare_training(model, tiny(lora_rank=4)))
     with torch.no_grad():
         for name, weights in adapted.named_parameters():
             if "lora_B" in name:

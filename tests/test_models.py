@@ -15,7 +15,16 @@ from transformers import (
 
 from asym import models
 from asym.data import build_split
-from asym.models import IMAGE_TOKENS, build_model, build_processor, build_tokenizer, chat, image_token_ids, load, lora
+from asym.models import (
+    IMAGE_TOKENS,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    chat,
+    image_token_ids,
+    load,
+    prepare_training,
+)
 from asym.params import Params
 from asym.transcript import TAGS
 
@@ -47,7 +56,7 @@ def logits(model, inputs):
 
 def wrapped(model, rank=2):
     """The model with a LoRA adapter that does something."""
-    adapted = get_peft_model(model, lora(Params().model_copy(update={"lora_rank": rank})))
+    adapted = get_peft_model(model, prepare_training(model, Params().model_copy(update={"lora_rank": rank})))
     torch.manual_seed(rank)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -171,8 +180,20 @@ def test_a_tag_is_one_ordinary_token_wherever_it_stands(tag):
 # LoRA
 
 
+@pytest.mark.parametrize("parts", [["language"], ["projector"], ["vision"], ["language", "vision"]])
+def test_training_is_limited_to_some_parts_with_and_without_lora(tiny, base, parts):
+    names = {"language": "language_model", "projector": "merger", "vision": "visual"}
+    model, _ = load(base.checkpoint)
+    assert prepare_training(model, tiny(trained_parts=parts)) is None
+    for adapted in (model, get_peft_model(model, prepare_training(model, tiny(trained_parts=parts, lora_rank=2)))):
+        trained = [name for name, q in adapted.named_parameters() if q.requires_grad]
+        found = {next(part for part in ("projector", "vision", "language") if names[part] in name) for name in trained}
+        assert found == set(parts)
+        assert not any("lm_head" in name for name in trained)
+
+
 def test_lora_reaches_language_and_vision_and_is_none_at_rank_0(vlm):
-    assert lora(Params()) is None
+    assert prepare_training(vlm[0], Params()) is None
     names = [name for name, q in wrapped(vlm[0]).named_parameters() if q.requires_grad]
     assert all("lora_" in name for name in names)
     assert any("visual" in name for name in names)

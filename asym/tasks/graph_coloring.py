@@ -116,8 +116,7 @@ class GraphColoring:
                 line += f", {choices.pick(SO)} {wrong}? no, near {wrong}"
             lines.append(f"{line}, {choices.pick(SO)} {vertex} {color}.")
             colors[vertex] = color
-            restatements = _restate(problem, vertex, used, colors)
-            lines += [restatements[k % len(restatements)] for k in range(verbosity)]
+            lines += choices.restate(_restate(problem, vertex, used, colors), verbosity)
         for u, v in choices.order(problem.edges):
             if choices.happens("check", 0.3):
                 lines.append(f"check {u} {v}: {colors[u]} {colors[v]}, {choices.pick(('good', 'ok', 'fine'))}.")

@@ -310,8 +310,7 @@ class _Trace:
             state("column", c),
             f"{_cell(cell)} is {digit}.",
         ]
-        for k in range(self.verbosity):
-            yield restatements[k % len(restatements)]
+        yield from self.choices.restate(restatements, self.verbosity)
         for kind, index in (("row", r), ("column", c)):
             if len(self.held(cell, kind)) == self.n and self.choices.happens("check", 0.3):
                 digits = " ".join(map(str, self.held(cell, kind)))

@@ -129,6 +129,11 @@ class Variation:
         self._owed[remark] -= 1
         return True
 
+    def restate(self, remarks: list[str], count: int) -> list[str]:
+        """`count` remarks that add words and no content: canonically in turn, freely in any order and wording."""
+        turns = [k % len(remarks) for k in range(count)]
+        return [f"{self.pick(OPENERS)} {self.pick(remarks[k:] + remarks[:k])}" for k in turns]
+
 
 @dataclass(frozen=True)
 class Drawing:
