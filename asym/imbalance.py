@@ -105,7 +105,7 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
         for measure in ("a_p", "a_r", "a")
     }
     records = []
-    for (task, family, axis, level), part in rows.groupby(["task", "family", "axis", "level"]):
+    for (task, family, axis, level), part in rows.groupby(["task", "family", "axis", "level"], sort=False):
         about = {"task": task, "family": family, "axis": axis, "level": level}
         for response, weights in kinds.items():
             estimate = stats.contrast(part, weights, resamples)

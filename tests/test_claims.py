@@ -53,6 +53,17 @@ def test_c1_and_c6_compare_the_gains_of_the_two_halves(rates, expected):
     assert verdicts(rl_rows=rl_rows)["C6"] == expected
 
 
+@pytest.mark.parametrize(
+    ("long", "expected"), [((0.3, 0.9), "reproduced"), ((0.9, 0.5), "not reproduced"), ((0.8, 0.9), "inconclusive")]
+)
+def test_x1_compares_the_gap_at_the_longest_and_the_shortest_reasoning(long, expected):
+    doses = {0.0: (0.8, 0.9), 1.0: (0.1, 0.1), 4.0: long}
+    rows = [responses({"token_averaged": rates}).assign(axis="length", level=k) for k, rates in doses.items()]
+    rows += [part.assign(axis="entropy", a=0.0) for part in rows]
+    assert verdicts(dose_rows=pd.concat(rows))["X1"] == expected
+    assert verdicts(dose_rows=rows[0])["X1"] == "inconclusive"
+
+
 @pytest.mark.parametrize(("second", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.9), "not reproduced")])
 def test_x3_compares_ngdiff_with_perception_first(second, expected):
     assert verdicts(sft_rows=responses({"ngdiff": (0.7, 0.9), "perception_first": second}))["X3"] == expected

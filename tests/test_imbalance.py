@@ -2,10 +2,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from synthetic import responses
 
 from asym import models
 from asym.data import load_split
-from asym.imbalance import measure_shares
+from asym.imbalance import dose_response, doses, measure_shares
 from asym.sft import SegmentCollator
 from asym.transcript import PERCEPTION, REASONING
 
@@ -50,3 +51,30 @@ def test_every_checkpoint_sees_the_same_batches(tiny, base, root):
     pd.testing.assert_frame_equal(one, same)
     assert one["batch"].tolist() == [0, 1, 2]
     assert one["token_share"].nunique() > 1
+
+
+def test_doses_turn_one_knob_each(tiny):
+    p = tiny(dose_verbosity=[0, 4], dose_variation=[0.5], dose_difficulty=[0.2])
+    settings = doses(p)
+    assert list(settings) == [("length", 0), ("length", 4), ("entropy", 0.5), ("difficulty", 0.2)]
+    changed = {dose: {k for k, v in q.model_dump().items() if v != getattr(p, k)} for dose, q in settings.items()}
+    assert changed["length", 4] == {"verbosity"}
+    assert changed["entropy", 0.5] == {"variation"}
+    assert changed["difficulty", 0.2] == {"difficulty_sudoku", "difficulty_graph_coloring"}
+
+
+def test_dose_response_is_gap_and_gain_beside_the_shares():
+    """Losses and norms weighed by the tokens' share: 0.2 · 1 against 0.8 · 2, and 0.2 · 3 against 0.8 · 1."""
+    rows = responses({"token_averaged": (0.4, 0.9), "ngdiff": (0.8, 0.9)}).assign(axis="length", level=2.0)
+    about = {"task": "sudoku", "axis": "length", "level": 2.0}
+    step = {"token_share": 0.2, "loss_perception": 1.0, "loss_reasoning": 2.0}
+    step |= {"grad_norm_perception": 3.0, "grad_norm_reasoning": 1.0}
+    table = dose_response(rows, pd.DataFrame([about | step])).set_index("response")
+    assert table.estimate["gap"] == pytest.approx(
+        table.estimate["token_averaged a_r"] - table.estimate["token_averaged a_p"]
+    )
+    assert table.estimate["gain"] == pytest.approx(table.estimate["ngdiff a"] - table.estimate["token_averaged a"])
+    assert table.loc["gap", ["token_share", "loss_share", "gradient_share"]].tolist() == pytest.approx(
+        [0.2, 1 / 9, 3 / 7]
+    )
+    assert table.low["gap"] < table.estimate["gap"] < table.high["gap"]
