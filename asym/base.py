@@ -25,7 +25,6 @@ from asym.transcript import compose
 
 TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.25  # of the vision stage that stays text
-BASE_VARIATION, BASE_VERBOSITY = 1.0, 0  # deductions as free as those of SFT, without its restatements
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
@@ -33,7 +32,7 @@ def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
-        reasoning, answer = task.explain(problem, rng, BASE_VERBOSITY, BASE_VARIATION)
+        reasoning, answer = task.explain(problem, rng, p.verbosity, p.variation)
         response = "\n".join((task.transcribe(problem), reasoning, answer))
         rows.append({"query": task.describe(problem), "response": response})
     return Dataset.from_list(rows)
@@ -51,7 +50,7 @@ def scenes(p: Params, name: str, seed: int) -> Dataset:
 def train_base(p: Params, seed: int) -> Run:
     """The finished run of the base's vision stage, both stages trained now if they have not been."""
     keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
-    keys += ("n_train_base", "hidden_size", "layers", "heads", "vision_hidden_size")
+    keys += ("n_train_base", "verbosity", "variation", "hidden_size", "layers", "heads", "vision_hidden_size")
     keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")
     config = {key: getattr(p, key) for key in keys} | {"seed": seed}
     language = Run.open(repo_root(), "base-language", config)

@@ -7,7 +7,7 @@
 
 A file is either there completely or not at all, and DONE is the last one written: a finished run is reused, a
 half-finished one resumes. The environment variable ASYM_RUNS names another folder for runs than <root>/runs. Left out:
-locks. Two processes must not work on one run folder at the same time.
+locks. Two processes must not work on one run folder at the same time (splits, which arms share, are locked in data.py).
 """
 
 import hashlib

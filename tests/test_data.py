@@ -139,4 +139,4 @@ def test_what_a_split_depends_on_names_its_folder(tiny, root):
     for p in (tiny(), tiny(variation=0.5), tiny(difficulty_sudoku=0.1), tiny(n_test=3), tiny(blanks_max=7)):
         load_split(p, "sudoku", "test", 0)
     load_split(tiny(difficulty_graph_coloring=0.1, n_train_sft=3, vertices_max=7), "sudoku", "test", 0)
-    assert len(list(root.glob("runs/*"))) == 5
+    assert len(list(root.glob("runs/data-*"))) == 5

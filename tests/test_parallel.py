@@ -1,9 +1,11 @@
+import json
 import os
 
 import pandas as pd
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
+from asym.data import load_split
 from asym.evaluate import measure
 from asym.parallel import side_by_side
 from asym.sft import train_arm
@@ -43,3 +45,16 @@ def test_arms_are_the_same_in_workers_as_one_after_the_other(tiny, base, root, m
         files = [run.checkpoint / "model.safetensors" for run in (one, two)]
         assert files[0] != files[1]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_workers_that_need_the_same_split_make_it_once(tiny, root, monkeypatch):
+    get_reusable_executor().shutdown()
+    monkeypatch.setenv("ASYM_RUNS", str(root / "runs"))
+    p = tiny(n_train_sft=300)
+    first, second = side_by_side(2, load_split, [(p, "sudoku", "train_sft", 0)] * 2)
+    assert first["response"][:] == second["response"][:]
+    (run,) = (root / "runs").glob("data-*/DONE")
+    assert json.loads((run.parent / "manifest.json").read_text())["files"].keys() == {
+        "config.json",
+        "train_sft.parquet",
+    }
