@@ -95,7 +95,7 @@ class PCGrad:
     """Gradients that conflict are projected onto each other's normal plane before they are added (arXiv 2001.06782).
 
     With two gradients the sum is again a weighted one, w_p·g_p + w_r·g_r, so λ = w_p / (w_p + w_r); without conflict it
-    is ½. The common factor w_p + w_r is left out: AdamW does not see it.
+    is ½. The length w_p + w_r of the step is left to the learning rate, as for every other policy.
     """
 
     needs_gradients = True
@@ -109,9 +109,13 @@ class PCGrad:
 
 
 class PerceptionFirst:
-    """A curriculum: perception alone for the first half of the steps, then every token the same."""
+    """A curriculum of two stages of equal length: perception alone, then every token the same.
+
+    The learning rate warms up and decays in each of them, as in two trainings one after the other.
+    """
 
     needs_gradients = False
+    stages = 2
 
     def weight(self, step: Segments) -> float:
         return 1.0 if step.progress < 0.5 else TokenAveraged().weight(step)

@@ -1,4 +1,6 @@
-"""How fast the work is beside what one would otherwise run: same model, data and process, in turns A B A B.
+"""How fast the work is beside what one would otherwise run: same model and data, in turns A B A B.
+
+All in one process, but for the arms side by side, which are in processes of their own.
 
 Times vary from machine to machine, their ratios much less. A ratio is our advantage, except in the row of the NGDiff
 step, where it is our cost. `low` and `high` are the extremes over the rounds. `limit` says what the machine allows.
@@ -145,9 +147,10 @@ def _trainer(
     p: Params, start: Run, task: str, scratch: Path, balance: Balance, kind: type = SegmentSFTTrainer
 ) -> tuple[SFTTrainer, _Clock]:
     model, processor = models.load(start.checkpoint)
-    return _timed(
+    return clocked(
         kind(
             model=model,
+            peft_config=models.prepare_training(model, p),
             processing_class=processor,
             args=_arguments(p, scratch, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=load_split(p, task, "train_sft", p.seeds[0]),
@@ -163,8 +166,15 @@ def _stock_trainer(p: Params, start: Run, task: str, scratch: Path) -> tuple[SFT
     prompts = [[{"role": "user", "content": query}] for query in data["query"]]
     completions = [[{"role": "assistant", "content": response}] for response in data["response"]]
     conversations = data.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", completions)
-    arguments = _arguments(p, scratch)
-    return _timed(SFTTrainer(model=model, processing_class=processor, args=arguments, train_dataset=conversations))
+    return clocked(
+        SFTTrainer(
+            model=model,
+            peft_config=models.prepare_training(model, p),
+            processing_class=processor,
+            args=_arguments(p, scratch),
+            train_dataset=conversations,
+        )
+    )
 
 
 def _arguments(p: Params, scratch: Path, **more: Any) -> SFTConfig:
@@ -181,7 +191,8 @@ def _arguments(p: Params, scratch: Path, **more: Any) -> SFTConfig:
     )
 
 
-def _timed(trainer: Trainer) -> tuple[Trainer, _Clock]:
+def clocked(trainer: Trainer) -> tuple[Trainer, _Clock]:
+    """A trainer that prints nothing, and the clock of its steps."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(clock := _Clock())
     return trainer, clock
@@ -204,6 +215,7 @@ def matrix_peak(width: int) -> float:
 def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
     """GRPO's rollouts and whole steps beside TRL's trainer: the same arguments, rewards and prompts."""
     model, processor = models.load(start.checkpoint)
+    models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # both trainers share this model
     arguments = GRPOConfig(
         output_dir=str(scratch / "trainer"),
         max_steps=2,
@@ -222,7 +234,7 @@ def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> li
 
     def step(kind: type) -> Callable[[], None]:
         data = rl.prompts(load_split(p, task, "train_rl", p.seeds[0]))
-        trainer, clock = _timed(
+        trainer, clock = clocked(
             kind(model=model, args=arguments, reward_funcs=rewards, train_dataset=data, processing_class=processor)
         )
         trainer.rollouts = scratch / "rollouts"

@@ -224,9 +224,9 @@ def claims(
 ) -> pd.DataFrame:
     """One line per claim × task × family, in `COLUMNS`; claims that need a table that is None are left out.
 
-    `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff; `rl_rows` start, outcome, alpha_… and surrogates;
-    `rollouts` and `counterfactual` those of the arm start; `imbalance` and `screening` are the tables of those names;
-    `dose_rows` hold the arms token_averaged and ngdiff, with axis and level.
+    `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff, perception_first; `rl_rows` start, outcome, alpha_…
+    and surrogates; `rollouts` and `counterfactual` those of the arm start; `dose_rows` token_averaged and ngdiff, with
+    axis and level; `imbalance` and `screening` are the tables of those names.
     """
     given = {"sft_rows": sft_rows, "rl_rows": rl_rows, "imbalance": imbalance}
     given |= {"rollouts": rollouts, "counterfactual": counterfactual, "screening": screening}

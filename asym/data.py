@@ -10,7 +10,6 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
-from filelock import FileLock
 
 from asym.params import Params
 from asym.runs import Run, repo_root
@@ -101,7 +100,7 @@ def load_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     config = {key: getattr(p, key) for key in keys} | {"task": name, "split": split, "seed": seed}
     run = Run.open(repo_root(), f"data-{name}-{split}", config)
     path = run.folder / f"{split}.parquet"
-    with FileLock(run.folder.with_name(f".{run.folder.name}.lock")):  # arms side by side come for the same split
+    with run.locked():  # arms side by side come for the same split
         if not run.done:
             build_split(p, name, split, seed).to_parquet(path)
             run.finish()

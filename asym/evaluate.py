@@ -45,12 +45,13 @@ def measure(
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
-    run = Run.open(repo_root(), f"rows-{task}-{arm}", config)
+    run = Run.open(repo_root(), f"rows-{task}", config)  # whatever it is called: a start is an SFT arm, too
     path = run.folder / "rows.parquet"
-    if not run.done:
-        with threads(p.threads):
-            write_parquet(path, responses(p, trained, task, seed, split, rollouts))
-        run.finish()
+    with run.locked():
+        if not run.done:
+            with threads(p.threads):
+                write_parquet(path, responses(p, trained, task, seed, split, rollouts))
+            run.finish()
     about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
     return pd.read_parquet(path).assign(**about)[[*about, *COLUMNS]]
 

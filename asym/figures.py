@@ -182,7 +182,7 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
                 filled = {} if style == "o-" else {"mfc": "white", "ms": 10}
                 ax.errorbar(part.weight, part.estimate, error, fmt=style, color=color, label=label, capsize=3, **filled)
         if row == "a":
-            for arm in part.itertuples():
+            for arm in here[~on_line & (here.measure == "a")].itertuples():
                 ax.annotate(
                     display(arm.arm), (arm.weight, arm.high), (0, 6), textcoords="offset points", ha="center", size=13
                 )

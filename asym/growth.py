@@ -1,19 +1,22 @@
 """How time grows with response length, batch, group and parameters, one at a time, and with which exponent."""
 
+import tempfile
 import time
-from functools import partial
 from statistics import median
 
 import numpy as np
 import pandas as pd
 from scipy.stats import linregress
+from trl import SFTConfig
 
 from asym import models
+from asym.balance import TokenAveraged
+from asym.bench import clocked
 from asym.data import load_split
 from asym.decode import complete
 from asym.params import Params
 from asym.runs import Run, progress
-from asym.sft import SegmentCollator, threads
+from asym.sft import TRAINING, SegmentCollator, SegmentSFTTrainer, threads
 
 MIDDLE = {"response tokens": 128, "batch": 8, "group": 8, "width": 128}
 SIZES = {"response tokens": (64, 128, 256, 512), "batch": (4, 8, 16, 32), "group": (2, 4, 8, 16)}
@@ -23,8 +26,8 @@ SIZES |= {"width": (64, 128, 256, 384)}
 def growth(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
     """How time grows with one size while the others stay in the middle: a training step, and a batch of rollouts.
 
-    A step is a pass forth and back over `batch` responses; rollouts are `group` responses to each of `batch` prompts,
-    all of them of the same length. Weights are random: they make no difference.
+    A step is the token-averaged trainer's on `batch` responses; rollouts are `group` responses to each of `batch`
+    prompts, all of them of the same length. Weights are random: they make no difference.
 
     Returns:
         Columns work, axis, size, seconds (median), low, high (extremes over the rounds), exponent and its standard
@@ -38,11 +41,11 @@ def growth(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
             at = MIDDLE | {axis: size}
             model = models.build_model(processor, p.model_copy(update={"hidden_size": at["width"]}), 0)
             model.generation_config.eos_token_id = -1  # no response ends early
-            works = {"SFT step": partial(_step, model, processor, rows, at)} if axis != "group" else {}
-            works["rollouts"] = partial(_rollouts, model, processor, rows, at)
+            works = {} if axis == "group" else {"SFT step": _steps}
+            works["rollouts"] = _rollouts
             count = sum(q.numel() for q in model.parameters())
             for work, run in works.items():
-                times = [run() for _ in range(1 + rounds)][1:]  # the first warms up
+                times = run(model, processor, rows, at, 1 + rounds)[1:]  # the first warms up
                 line = {"work": work, "axis": axis, "size": size}
                 if axis == "width":
                     line |= {"axis": "parameters", "size": count}
@@ -55,23 +58,39 @@ def growth(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
     return table.sort_values(["work", "axis", "size"], ignore_index=True).round(4)
 
 
-def _step(model, processor, rows, at: dict[str, int]) -> float:
-    """Seconds of a pass forth and back."""
-    chosen = [rows[k] | {"response": " so" * at["response tokens"]} for k in range(at["batch"])]
-    batch = SegmentCollator(processor)(chosen)
-    batch.pop("segments")
-    model.train()
-    model.zero_grad()
-    begin = time.perf_counter()
-    model(**batch).loss.backward()
-    return time.perf_counter() - begin
+def _steps(model, processor, rows, at: dict[str, int], count: int) -> list[float]:
+    """Seconds of each of `count` training steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = SFTConfig(
+            output_dir=scratch,
+            max_steps=count + 1,  # a step's time is known by the end of the one before
+            per_device_train_batch_size=at["batch"],
+            max_length=None,
+            save_strategy="no",
+            logging_steps=1000,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **TRAINING,
+        )
+        trainer, clock = clocked(
+            SegmentSFTTrainer(
+                model=model,
+                processing_class=processor,
+                args=arguments,
+                train_dataset=rows.map(lambda row: {"response": " so" * at["response tokens"]}),
+                data_collator=SegmentCollator(processor),
+                balance=TokenAveraged(),
+            )
+        )
+        trainer.train()
+    return np.diff(clock.ends).tolist()
 
 
-def _rollouts(model, processor, rows, at: dict[str, int]) -> float:
-    """Seconds of a batch of rollouts."""
-    data = rows.select(range(at["batch"]))
+def _rollouts(model, processor, rows, at: dict[str, int], count: int) -> list[float]:
+    """Seconds of each of `count` batches of rollouts."""
+    data, times = rows.select(range(at["batch"])), []
     limits = {"max_new_tokens": at["response tokens"], "batch": at["batch"] * at["group"], "temperature": 1.0}
-    model.eval()
-    begin = time.perf_counter()
-    complete(model, processor, data["query"][:], data["image"][:], copies=at["group"], **limits)
-    return time.perf_counter() - begin
+    for _ in range(count):
+        begin = time.perf_counter()
+        complete(model, processor, data["query"][:], data["image"][:], copies=at["group"], **limits)
+        times.append(time.perf_counter() - begin)
+    return times

@@ -29,6 +29,7 @@ def measure_shares(
         loss_perception, loss_reasoning (nats per token).
     """
     model, processor = models.load(trained.checkpoint)
+    models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # only what training moves has a say
     model.eval()
     data = load_split(p, task, "train_sft", seed)
     # The same batches for every checkpoint, and none that any arm has seen more often than others
@@ -93,8 +94,8 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
 
     Returns:
         Columns task, family, axis, level, response, estimate, low, high (points), n, seeds, and the three shares.
-        Responses are "gap" (a_r − a_p of token-averaged SFT), "gain" (of NGDiff over it in a) and either arm's a_p, a_r
-        and a, as "ngdiff a_p".
+        Responses are "gap" (a_r − a_p of token-averaged SFT), "gain" (of NGDiff over it in a) and of either arm a_p,
+        a_r, a and parse_failure, as "ngdiff a_p". Failures tell a gap from responses that a high dose cut off.
     """
     shares = path_shares(metrics).groupby(["task", "axis", "level"])[list(SHARES)].mean()
     kinds = {"gap": {("token_averaged", "a_r"): 1, ("token_averaged", "a_p"): -1}}
@@ -102,7 +103,7 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
     kinds |= {
         f"{arm} {measure}": {(arm, measure): 1}
         for arm in ("token_averaged", "ngdiff")
-        for measure in ("a_p", "a_r", "a")
+        for measure in ("a_p", "a_r", "a", "parse_failure")
     }
     records = []
     for (task, family, axis, level), part in rows.groupby(["task", "family", "axis", "level"], sort=False):

@@ -41,6 +41,7 @@ NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_n
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Task = Literal["sudoku", "graph_coloring"]
+Verbosity = Annotated[int, Field(ge=0, le=64)]
 Baseline = Literal["uncertainty", "pcgrad", "perception_first"]
 Part = Literal["language", "projector", "vision"]
 Surrogate = Literal["solver_blindfold", "validity", "group_agreement", "answer_consistency"]
@@ -71,7 +72,7 @@ class Params(BaseModel):
 
     # Text
     prompt_style: Literal["brief", "full"] = Field("brief", description="prompt of a few words, or with the rules")
-    verbosity: int = Field(1, ge=0, le=64, description="length of the reasoning at equal content")
+    verbosity: Verbosity = Field(1, description="length of the reasoning at equal content")
     variation: Share = Field(1.0, description="how unpredictable the reasoning is at equal length, 0 one fixed trace")
 
     # Splits (problems per task)
@@ -115,7 +116,7 @@ class Params(BaseModel):
     lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
 
     # Dose and response: SFT again at other levels of one knob, the others left alone; [] leaves an axis out
-    dose_verbosity: list[Natural] = Field([0, 2], description="levels of verbosity")
+    dose_verbosity: list[Verbosity] = Field([0, 2], description="levels of verbosity")
     dose_variation: list[Share] = Field([], description="levels of variation")
     dose_difficulty: list[Share] = Field([], description="levels of the drawings' difficulty")
 
@@ -152,6 +153,7 @@ class Params(BaseModel):
 
     @field_validator(
         "seeds",
+        "trained_parts",
         "tasks",
         "lambdas",
         "balances",
@@ -166,6 +168,11 @@ class Params(BaseModel):
         if len({f"{item:g}" if isinstance(item, float) else item for item in value}) < len(value):
             raise ValueError("must not name the same value twice")
         return value
+
+    @field_validator("trained_parts")
+    @classmethod
+    def _in_one_order(cls, value: list) -> list:
+        return sorted(value)  # the same parts are the same training
 
     @field_validator("lambdas", "alphas")
     @classmethod

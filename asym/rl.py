@@ -150,8 +150,14 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     }
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
-    if run.done:
-        return run
+    with run.locked():
+        if not run.done:
+            _train(p, start, run)
+    return run
+
+
+def _train(p: Params, start: Run, run: Run) -> None:
+    task, arm, seed, weights = (run.config[key] for key in ("task", "arm", "seed", "weights"))
     model, processor = models.load(start.checkpoint)
     arguments = GRPOConfig(
         output_dir=str(run.folder / "trainer"),
@@ -199,7 +205,6 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     shutil.rmtree(run.folder / "trainer")  # before the rollouts: with its checkpoint gone, all is done again
     shutil.rmtree(trainer.rollouts)
     run.finish()
-    return run
 
 
 def prompts(data: Dataset) -> Dataset:

@@ -1,13 +1,14 @@
 """Run folders, results folders, manifests, atomic writes and progress: all that touches the disk, whatever is run.
 
     run = Run.open(repo_root(), "sft-sudoku", config)      # runs/sft-sudoku-<hash of config>/
-    if not run.done:
-        train(resume_from=run.last_trainer_checkpoint(), save_to=run.checkpoint)
-        run.finish()
+    with run.locked():
+        if not run.done:
+            train(resume_from=run.last_trainer_checkpoint(), save_to=run.checkpoint)
+            run.finish()
 
 A file is either there completely or not at all, and DONE is the last one written: a finished run is reused, a
-half-finished one resumes. The environment variable ASYM_RUNS names another folder for runs than <root>/runs. Left out:
-locks. Two processes must not work on one run folder at the same time (splits, which arms share, are locked in data.py).
+half-finished one resumes. Two processes that come for the same run take turns (`locked`). The environment variable
+ASYM_RUNS names another folder for runs than <root>/runs.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from asym.params import ParamsError, digest
@@ -86,6 +88,10 @@ class Run:
         write_json(run.folder / "config.json", config)
         return run
 
+    def locked(self) -> FileLock:
+        """A context in which no other process works on this run, also none that an earlier study left behind."""
+        return FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
+
     @property
     def done(self) -> bool:
         return (self.folder / "DONE").exists()
@@ -110,7 +116,7 @@ class Run:
 
     def finish(self, **manifest_extra: Any) -> None:
         """Write the manifest, with the wall time since `open` and the hash of every file kept, then DONE."""
-        kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
         kept = [path for path in kept if path.relative_to(self.folder).parts[0] not in ("trainer", "manifest.json")]
         about = manifest(self.config, time.monotonic() - self.started, kept, self.folder) | {"code": _code()}
         write_json(self.folder / "manifest.json", about | manifest_extra)
@@ -207,7 +213,7 @@ class _FileBar(tqdm):
     def display(self, *args: Any, **kwargs: Any) -> None:
         rate = self.format_dict["rate"] or self.n / max(self.format_dict["elapsed"], 1e-9)
         eta = round((self.total - self.n) / rate, 1) if rate else None
-        state = {"label": self.desc, "done": self.n, "total": self.total, "eta": eta}
+        state = {"label": self.desc, "process": os.getpid(), "done": self.n, "total": self.total, "eta": eta}
         with suppress(OSError), open(os.environ["ASYM_PROGRESS"], "a", encoding="utf-8") as file:
             file.write(json.dumps(state) + "\n")
 
@@ -216,7 +222,7 @@ def progress(label: str, total: int) -> tqdm:
     """A context manager with `.update(n=1)`: a bar with the time left, drawn at most once a second.
 
     The environment variable ASYM_PROGRESS redirects it: "off" shows nothing; a file name appends JSON lines
-    {"label", "done", "total", "eta" in seconds} to that file, for a driver to show.
+    {"label", "process", "done", "total", "eta" in seconds} to that file, for a driver to show.
     """
     where = os.environ.get("ASYM_PROGRESS", "")
     bar, file = (tqdm, sys.stderr) if where in ("", "off") else (_FileBar, io.StringIO())

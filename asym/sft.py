@@ -106,6 +106,20 @@ class SegmentSFTTrainer(SFTTrainer):
     def _progress(self) -> float:
         return self.state.global_step / max(self.state.max_steps, 1)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """TRL's, but a curriculum of several stages warms up and decays anew in each of them."""
+        stages = getattr(self.balance, "stages", 1)
+        if stages == 1:
+            return super().create_scheduler(num_training_steps, optimizer)
+        length, warmup = -(-num_training_steps // stages), -(-self.args.warmup_steps // stages)
+
+        def factor(step: int) -> float:
+            done = step % length
+            return done / warmup if done < warmup else (length - done) / (length - warmup)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._counts = tuple(sum(int((b["segments"] == s).sum()) for b in batches) for s in (PERCEPTION, REASONING))
@@ -140,7 +154,8 @@ class SegmentSFTTrainer(SFTTrainer):
         sum_p = torch.zeros((), device=segments.device)
         if (segments == PERCEPTION).any():  # other micro-batches of the step may hold it all
             sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
-            self.accelerator.backward(sum_p / n_p, retain_graph="mm_encoder_outputs" in inputs)
+            self.accelerator.backward(sum_p / n_p, retain_graph=True)  # the images are encoded once for both passes
+            sum_p = sum_p.detach()  # lets go of the rest of the graph
         self._grad_p = [q.grad for q in parameters]
 
         _set_grads(parameters, grad_r)
@@ -360,13 +375,23 @@ def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int |
     """The finished run of one SFT arm on one task, trained now if it has not been; `steps` default to `p.sft_steps`."""
     runs = along(p, base, task, arm, seed, steps)
     steps, run = runs.popitem()
-    if run.done and all(snapshot.done for snapshot in runs.values()):
-        return run
+    with run.locked():
+        if not (run.done and all(snapshot.done for snapshot in runs.values())):
+            _train(p, base, run, steps, runs)
+    return run
+
+
+def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]) -> None:
+    task, arm, seed = (run.config[key] for key in ("task", "arm", "seed"))
+    (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
+    saved = run.last_trainer_checkpoint()
+    passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+    if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
+        shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
     torch.manual_seed(seed)
     model, processor = models.load(base.checkpoint)
     data = load_split(p, task, "train_sft", seed)
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
     label = f"SFT {task} {arm}"
-    fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=runs, **schedule)
+    fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=snapshots, **schedule)
     run.finish()
-    return run

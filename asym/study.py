@@ -28,7 +28,7 @@ from asym.claims import CORRELATIONS
 from asym.params import Params, ParamsError
 from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
-RECENT = 8  # lines of progress that tell what is under way: every worker writes one a second
+RECENT = 64  # lines of progress that tell what is under way: every worker writes one a second
 
 
 class NotebookError(RuntimeError):
@@ -252,10 +252,10 @@ class _Display:
         return sum(max(0, self.clock["expected"][name] - spent.get(name, 0)) for name in coming)
 
     def _tasks(self) -> list[dict]:
-        """What is under way, by the last lines of the feed: one task, or one of each worker; none between tasks."""
+        """What is under way, by the last lines of the feed: the task of each process; none between tasks."""
         with suppress(OSError, ValueError, IndexError):
             lines = self.feed.read_text(encoding="utf-8").splitlines()[-RECENT:]
-            latest = {task["label"]: task for task in map(json.loads, lines)}
+            latest = {task["process"]: task for task in map(json.loads, lines)}
             return [task for task in latest.values() if task["done"] < task["total"]]
         return []
 

@@ -77,4 +77,15 @@ def test_dose_response_is_gap_and_gain_beside_the_shares():
     assert table.loc["gap", ["token_share", "loss_share", "gradient_share"]].tolist() == pytest.approx(
         [0.2, 1 / 9, 3 / 7]
     )
+    assert table.estimate["ngdiff parse_failure"] == 0
     assert table.low["gap"] < table.estimate["gap"] < table.high["gap"]
+
+
+def test_the_gradient_share_is_that_of_the_weights_that_are_trained(tiny, base, root):
+    """With the language part alone trained, g_p has fewer coordinates; tokens and losses are the same."""
+    rows = [measure_shares(tiny(n_train_sft=4, trained_parts=parts), base, "sudoku", **WHERE) for parts in PARTS]
+    assert (rows[0].gradient_share > rows[1].gradient_share + 1e-4).all()
+    assert rows[0][["token_share", "loss_share"]].equals(rows[1][["token_share", "loss_share"]])
+
+
+PARTS = (["language", "projector", "vision"], ["language"])

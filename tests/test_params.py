@@ -138,3 +138,10 @@ def test_a_name_that_papermill_injected_and_nobody_knows_is_refused():
 def test_weights_must_have_a_name():
     with pytest.raises(ParamsError, match="four decimals"):
         Params.from_notebook({"lambdas": [1e-5]})
+
+
+def test_the_order_of_the_trained_parts_makes_no_other_study():
+    one, other = (Params(trained_parts=parts) for parts in (["vision", "language"], ["language", "vision"]))
+    assert one.digest() == other.digest()
+    with pytest.raises(ValueError, match="twice"):
+        Params(trained_parts=["vision", "vision"])

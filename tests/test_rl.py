@@ -267,3 +267,11 @@ def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
 def test_arms_are_those_of_the_parameters():
     p = Params().model_copy(update={"alphas": [0.2, 0.5], "surrogates": ["validity"]})
     assert rl.arms(p) == ["outcome", "alpha_0.2", "alpha_0.5", "validity"]
+
+
+def test_an_arm_leaves_the_parts_it_does_not_train_as_they_were(tiny, start, root, script):
+    p = tiny(max_new_tokens=400, trained_parts=["language"], rl_lr=1e-2, rl_steps=1)
+    script(mixed_responses(p, "sudoku"))
+    run = train_arm(p, start, "sudoku", "alpha_0.5", 0)
+    before, after = (load_file(each.checkpoint / "model.safetensors") for each in (start, run))
+    assert {models.part_of(name) for name in before if not torch.equal(before[name], after[name])} == {"language"}

@@ -1,9 +1,11 @@
 import json
+import os
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from filelock import Timeout
 
 from asym import runs
 from asym.params import ParamsError
@@ -124,8 +126,9 @@ def test_progress_reports_to_a_file(tmp_path, monkeypatch, capfd):
         for _ in range(1000):
             bar.update()
     lines = [json.loads(line) for line in (tmp_path / "feed.jsonl").read_text().splitlines()]
-    assert lines[0] == {"label": "train", "done": 0, "total": 1000, "eta": None}
-    assert lines[-1] == {"label": "train", "done": 1000, "total": 1000, "eta": 0}
+    about = {"label": "train", "process": os.getpid(), "total": 1000}
+    assert lines[0] == about | {"done": 0, "eta": None}
+    assert lines[-1] == about | {"done": 1000, "eta": 0}
     assert len(lines) < 10
     assert capfd.readouterr() == ("", "")
 
@@ -134,3 +137,12 @@ def test_progress_off_is_silent(capfd):
     with progress("train", 2) as bar:
         bar.update(2)
     assert capfd.readouterr() == ("", "")
+
+
+def test_two_processes_take_turns_on_a_run(tmp_path):
+    run, same = (Run.open(tmp_path, "work", {"a": 1}) for _ in range(2))
+    with run.locked(), pytest.raises(Timeout), same.locked().acquire(timeout=0.05):
+        pass
+    with same.locked():
+        assert not same.done
+    assert [path.name for path in (tmp_path / "runs").glob("[!.]*")] == [run.folder.name]

@@ -362,6 +362,15 @@ def test_perception_first_turns_to_all_tokens_half_way(base, rows, tmp_path):
     assert found[2] == found[3] == pytest.approx(logged(trainer)["token_share"])
 
 
+def test_perception_first_warms_up_and_decays_twice(base, rows, tmp_path):
+    model, processor = models.load(base.checkpoint)
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 4}
+    _, trainer = train(tmp_path, model, processor, rows, PerceptionFirst(), steps=12, log_every=1, **settings)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    half = [0.0, 0.05, 0.1, 0.075, 0.05, 0.025]
+    assert rates == pytest.approx([*half, *half])
+
+
 def test_arms_name_their_policies():
     assert isinstance(balance_of("token_averaged"), TokenAveraged)
     assert isinstance(balance_of("ngdiff"), NGDiff)
@@ -405,7 +414,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(tiny, base, 
         interrupt(patch, at=3)
         with pytest.raises(KeyboardInterrupt):
             train_arm(p, base, "sudoku", arm, 0)
-    (half,) = (root / "cut" / "runs").iterdir()
+    (half,) = (root / "cut" / "runs").glob("sft-*")
     assert not (half / "DONE").exists()
     assert [path.name for path in half.glob("trainer/checkpoint-*")] == ["checkpoint-2"]
     resumed = train_arm(p, base, "sudoku", arm, 0)
@@ -456,6 +465,28 @@ def test_checkpoints_along_a_training_are_those_it_passed(tiny, base, root, monk
     assert 0 < moved[0] < moved[1] < moved[2]
     monkeypatch.setattr(sft, "fit", None)
     assert train_arm(p, base, "sudoku", "ngdiff", 0).folder == end.folder
+
+
+def test_checkpoints_asked_for_while_resuming_are_all_made(tiny, base, root, monkeypatch):
+    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=3)
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(tiny(sft_steps=4, curve_every=0), base, "sudoku", "token_averaged", 0)
+    p = tiny(sft_steps=4, curve_every=1)
+    run = train_arm(p, base, "sudoku", "token_averaged", 0)
+    runs = sft.along(p, base, "sudoku", "token_averaged", 0)
+    assert list(runs) == [1, 2, 3, 4]
+    assert all(each.done and (each.checkpoint / "model.safetensors").exists() for each in runs.values())
+    assert runs[4].folder == run.folder
+
+
+@pytest.mark.parametrize("parts", [["language"], ["projector", "vision"]])
+def test_an_arm_leaves_the_parts_it_does_not_train_as_they_were(tiny, base, root, parts):
+    run = train_arm(tiny(trained_parts=parts, sft_steps=3), base, "sudoku", "ngdiff", 0)
+    before, after = (load_file(each.checkpoint / "model.safetensors") for each in (base, run))
+    moved = {models.part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(parts)
 
 
 def test_a_lora_arm_trains_its_adapter_alone_and_reloads_merged(tiny, base, root):

@@ -106,6 +106,7 @@ class Variation:
     def __init__(self, rng: Random, variation: float):
         self.rng, self.variation = rng, variation
         self._owed: dict[str, float] = {}
+        self._asides = rng.getrandbits(64)  # a stream of their own: how many there are changes nothing else
 
     def _free(self) -> bool:
         return self.rng.random() < self.variation
@@ -131,8 +132,10 @@ class Variation:
 
     def restate(self, remarks: list[str], count: int) -> list[str]:
         """`count` remarks that add words and no content: canonically in turn, freely in any order and wording."""
+        self._asides += 1
+        aside = Variation(Random(self._asides), self.variation)
         turns = [k % len(remarks) for k in range(count)]
-        return [f"{self.pick(OPENERS)} {self.pick(remarks[k:] + remarks[:k])}" for k in turns]
+        return [f"{aside.pick(OPENERS)} {aside.pick(remarks[k:] + remarks[:k])}" for k in turns]
 
 
 @dataclass(frozen=True)
