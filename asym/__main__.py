@@ -151,8 +151,8 @@ _RUN = """\
 Execute the notebooks in order with the parameters of a file and write results/<study>/.
 Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
 _BENCH = """\
-Measure training, rollouts, evaluation and data synthesis beside what one would otherwise run, in turns in one process,
-print the table and write results/bench/bench.csv. Needs an idle machine, the extra [bench], and about ten minutes; more
+Measure training, rollouts, evaluation and data synthesis beside what one would otherwise run, in turns,
+print the table and write results/bench. Needs an idle machine, the extra [bench], and a quarter of an hour; more
 if runs/ does not hold the checkpoint that RL starts from, which is then trained."""
 _SCORE = """\
 Score responses from standard input, one JSON object per line:
