@@ -35,7 +35,7 @@ from asym.transcript import PERCEPTION, REASONING, segment_ids
 TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this project, not of a study
     "save_total_limit": 1,
     "bf16": False,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
     "report_to": "none",

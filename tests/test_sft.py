@@ -60,7 +60,7 @@ def train(folder, model, processor, rows, balance=None, *, batch=8, accumulation
         gradient_accumulation_steps=accumulation,
         logging_steps=log_every,
         max_grad_norm=0.0,
-        **{"save_strategy": "no", "bf16": False, "gradient_checkpointing": False, "max_length": None, "seed": 0},
+        **{"save_strategy": "no", "bf16": False, "activation_checkpointing": False, "max_length": None, "seed": 0},
         **{"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},
         **{"dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True},
         **changes,
