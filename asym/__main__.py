@@ -48,7 +48,7 @@ def _bench(args: argparse.Namespace) -> int:
     if missing:
         install = ".venv/bin/pip install -c constraints.txt -e .[test,bench]"
         raise ParamsError(f"bench: {', '.join(missing)} not installed: {install}")
-    from asym import figures
+    from asym import figures, trends
     from asym.base import train_base
     from asym.bench import bench
     from asym.growth import growth
@@ -62,7 +62,7 @@ def _bench(args: argparse.Namespace) -> int:
     write_csv(out / "bench.csv", table)
     write_csv(out / "growth.csv", grown := growth(p, start, args.rounds))
     figures.style()
-    figures.save(figures.cost_growth(grown), out / "figures" / "cost_growth")
+    figures.save(trends.cost_growth(grown), out / "figures" / "cost_growth")
     files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     about = manifest(p.model_dump(), time.monotonic() - began, files)
     write_json(out / "manifest.json", {"study": "bench", "complete": True} | about)

@@ -94,7 +94,7 @@ def gain_bars(table: pd.DataFrame, baseline: str) -> Figure:
 
 def _bars(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
     arms = ordered(table.arm)
-    fig, axes = _panels(_tasks(table), [""], max(8, 1.5 * len(arms) + 1.5), 4.2, sharex=True, sharey=True)
+    fig, axes = panels(tasks_of(table), [""], max(8, 1.5 * len(arms) + 1.5), 4.2, sharex=True, sharey=True)
     for (task, _), ax in axes.items():
         for offset, (measure, (label, color)) in zip((-0.27, 0, 0.27), BARS.items(), strict=True):
             part = table[(table.task == task) & (table.measure == measure)].set_index("arm").reindex(arms)
@@ -107,7 +107,7 @@ def _bars(table: pd.DataFrame, title: str, ylabel: str) -> Figure:
         ax.tick_params(labelbottom=True)
         ax.axhline(0, color="black", lw=1)
         ax.set(title=TASKS.get(task, task), ylabel=ylabel)
-    fig.suptitle(f"{title} ({_count(table.n.max(), 'problem')}, {_count(table.seeds.max(), 'seed')})")
+    fig.suptitle(f"{title} ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
     fig.legend(*ax.get_legend_handles_labels(), ncols=3, frameon=False, loc="outside lower center")
     return fig
 
@@ -145,7 +145,7 @@ def reward_curves(metrics: pd.DataFrame) -> Figure:
 
 def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bool = False) -> Figure:
     """`lines`: column -> (label, colour, dash); the mean over seeds, and a band from the lowest to the highest."""
-    fig, axes = _panels(ordered(metrics.arm), _tasks(metrics), 7, 3.4, sharex=True, sharey=True)
+    fig, axes = panels(ordered(metrics.arm), tasks_of(metrics), 7, 3.4, sharex=True, sharey=True)
     ends = {}
     for (arm, task), ax in axes.items():
         ends[ax] = _lines(ax, metrics[(metrics.arm == arm) & (metrics.task == task)], lines)
@@ -155,7 +155,7 @@ def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bo
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
-    fig.suptitle(f"{title} ({_count(metrics.seed.nunique(), 'seed')})")
+    fig.suptitle(f"{title} ({counted(metrics.seed.nunique(), 'seed')})")
     fig.supxlabel("step")
     fig.supylabel(ylabel)
     return _name(fig, ends)
@@ -169,7 +169,7 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
         weights: mean λ of training, by (task, arm). Token averaging and the fixed weights make the line; arms that set
             λ themselves stand at their mean, hollow and named.
     """
-    fig, axes = _panels(["a", "halves"], _tasks(table), 8, 4, sharex=True, sharey=True)
+    fig, axes = panels(["a", "halves"], tasks_of(table), 8, 4, sharex=True, sharey=True)
     for (row, task), ax in axes.items():
         here = table[(table.task == task) & table.arm.isin(weights[task].index)]
         here = here.assign(weight=here.arm.map(weights[task])).sort_values("weight")
@@ -188,11 +188,11 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
                 )
             ax.set_title(TASKS.get(task, task))
         ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, 105), xlim=(0, 1))
-    axes["a", _tasks(table)[0]].set_ylabel("end to end (points)")
-    axes["halves", _tasks(table)[0]].set_ylabel("halves (points)")
+    axes["a", tasks_of(table)[0]].set_ylabel("end to end (points)")
+    axes["halves", tasks_of(table)[0]].set_ylabel("halves (points)")
     lines = [Line2D([], [], color=color, marker="o", label=label) for label, color in BARS.values()]
     fig.legend(handles=lines, ncols=3, frameon=False, loc="outside lower center")
-    fig.suptitle(f"What the weight buys ({_count(table.n.max(), 'problem')}, {_count(table.seeds.max(), 'seed')})")
+    fig.suptitle(f"What the weight buys ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
     return fig
 
 
@@ -210,8 +210,8 @@ def lambda_path(metrics: pd.DataFrame) -> Figure:
         },
         "cosine": {"grad_cosine": ("cosine", END_TO_END, "-")},
     }
-    tasks = _tasks(metrics)
-    fig, axes = _panels(list(rows), tasks, 7, 3.2, sharex=True, sharey="row")
+    tasks = tasks_of(metrics)
+    fig, axes = panels(list(rows), tasks, 7, 3.2, sharex=True, sharey="row")
     ends = {}
     for (row, task), ax in axes.items():
         drawn = _lines(ax, metrics[metrics.task == task], rows[row])
@@ -220,7 +220,7 @@ def lambda_path(metrics: pd.DataFrame) -> Figure:
     for task in tasks:
         axes["λ", task].set(title=TASKS.get(task, task), ylim=(0, 1))
         axes["cosine", task].axhline(0, color=QUIET, lw=1)
-    fig.suptitle(f"NGDiff: λ and the two gradients ({_count(metrics.seed.nunique(), 'seed')})")
+    fig.suptitle(f"NGDiff: λ and the two gradients ({counted(metrics.seed.nunique(), 'seed')})")
     fig.supxlabel("step")
     return _name(fig, ends)
 
@@ -234,7 +234,7 @@ def shares(imbalance: pd.DataFrame) -> Figure:
     kinds = {"token_share": ("tokens", "-"), "loss_share": ("loss", "--"), "gradient_share": ("gradient", ":")}
     lines = {column: (label, PERCEPTION, dash) for column, (label, dash) in kinds.items()}
     percent = imbalance.assign(**{column: 100 * imbalance[column] for column in kinds})
-    fig, axes = _panels(ordered(imbalance.arm), _tasks(imbalance), 7, 3.6, sharey=True)
+    fig, axes = panels(ordered(imbalance.arm), tasks_of(imbalance), 7, 3.6, sharey=True)
     ends = {}
     for (arm, task), ax in axes.items():
         part = percent[(percent.arm == arm) & (percent.task == task)]
@@ -281,75 +281,6 @@ def _name(fig: Figure, ends: dict[Axes, list[tuple]]) -> Figure:
     return fig
 
 
-# ---- dose and response -----------------------------------------------------------------------------------------------
-
-
-def dose_response(table: pd.DataFrame) -> Figure:
-    """a_p and a_r (points) over the dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
-
-    From the table of `imbalance.dose_response`.
-    """
-    axes_of = list(dict.fromkeys(table.axis))
-    fig, axes = _panels(_tasks(table), axes_of, 6, 4, sharex="col", sharey=True)
-    for (task, axis), ax in axes.items():
-        part = table[(table.task == task) & (table.axis == axis)].sort_values("level")
-        for arm, style in (("token_averaged", "o-"), ("ngdiff", "D--")):
-            for measure in ("a_p", "a_r"):
-                line = part[part.response == f"{arm} {measure}"]
-                error = [line.estimate - line.low, line.high - line.estimate]
-                ax.errorbar(line.level, line.estimate, error, fmt=style, color=BARS[measure][1], capsize=3)
-        ax.set(title=f"{TASKS.get(task, task)}, {axis}", ylim=(0, 105), xticks=sorted(part.level.unique()))
-        ax.set_xlabel(f"dose of {axis}" if task == _tasks(table)[-1] else "")
-    fig.supylabel("accuracy (points)")
-    fig.suptitle(f"Dose and response ({_count(table.n.max(), 'problem')}, {_count(table.seeds.max(), 'seed')})")
-    keys = [Line2D([], [], color=BARS[m][1], lw=4, label=BARS[m][0]) for m in ("a_p", "a_r")]
-    keys += [Line2D([], [], color="black", marker="o", label=display("token_averaged"))]
-    keys += [Line2D([], [], color="black", marker="D", ls="--", label=display("ngdiff"))]
-    fig.legend(handles=keys, ncols=4, frameon=False, loc="outside lower center")
-    return fig
-
-
-def dose_map(table: pd.DataFrame) -> Figure:
-    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task."""
-    responses = {"gap": "gap of token-averaged: a_r − a_p", "gain": "gain of NGDiff in a"}
-    doses = table.axis + " " + table.level.map("{:g}".format)
-    table = table.assign(dose=pd.Categorical(doses, list(dict.fromkeys(doses))))
-    fig, axes = _panels([""], list(responses), 7, 0.55 * doses.nunique() + 1, sharey=True)
-    shown = table[table.response.isin(responses)]
-    limit = max(shown.estimate.abs().max(), 1)
-    for (_, response), ax in axes.items():
-        grid = shown[shown.response == response].pivot_table(
-            index="dose", columns="task", values="estimate", observed=True
-        )
-        grid = grid[_tasks(table)].rename(columns=TASKS)
-        sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=True, fmt="+.0f", cbar=False, ax=ax)
-        ax.set(title=responses[response], xlabel="", ylabel="")
-        ax.tick_params(axis="y", rotation=0)
-    fig.suptitle("Where imbalance bites (points)")
-    return fig
-
-
-def share_predicts_gap(table: pd.DataFrame) -> Figure:
-    """The gap of token-averaged SFT over perception's share of tokens, loss and gradient (%): a dot per dose and task.
-
-    Titles give Spearman's ρ over all dots.
-    """
-    gaps = table[table.response == "gap"]
-    shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
-    fig, axes = _panels([""], list(shares), 5.5, 4.5, sharey=True)
-    marks = dict(zip(_tasks(table), "os", strict=False))
-    for (_, share), ax in axes.items():
-        for task, mark in marks.items():
-            part = gaps[gaps.task == task]
-            ax.plot(100 * part[share], part.estimate, mark, color=END_TO_END, ms=10, label=TASKS.get(task, task))
-        rho = gaps[share].corr(gaps.estimate, method="spearman")
-        ax.axhline(0, color=QUIET, lw=1)
-        ax.set(title=f"ρ = {rho:.2f}", xlabel=f"perception's share of {shares[share]} (%)")
-    axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
-    fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
-    return fig
-
-
 # ---- correlations and claims -----------------------------------------------------------------------------------------
 
 
@@ -361,7 +292,7 @@ def coupling_vs_null(coupling: pd.DataFrame) -> Figure:
     several = coupling.arm.nunique() > 1
     lines = list(coupling.groupby(["arm", "reading", "scope"]).groups)
     lines.sort(key=lambda line: (ordered(coupling.arm).index(line[0]), line[1:]))
-    fig, axes = _panels([""], _tasks(coupling), 7, 1.1 * len(lines) + 2.2, sharex=True, sharey=True)
+    fig, axes = panels([""], tasks_of(coupling), 7, 1.1 * len(lines) + 2.2, sharex=True, sharey=True)
     for (_, task), ax in axes.items():
         for place, (arm, reading, scope) in enumerate(lines):
             part = coupling[(coupling.task == task) & (coupling.arm == arm)]
@@ -377,7 +308,7 @@ def coupling_vs_null(coupling: pd.DataFrame) -> Figure:
             names = [f"{display(arm)}, {name}" for (arm, *_), name in zip(lines, names, strict=True)]
         ax.set_yticks(range(len(lines)), names)
         ax.set(title=TASKS.get(task, task), xlabel="correlation r", ylim=(len(lines) - 0.5, -0.5))
-    fig.suptitle(f"What the outcome follows, beside the null model ({_count(coupling.n.max(), 'problem')})")
+    fig.suptitle(f"What the outcome follows, beside the null model ({counted(coupling.n.max(), 'problem')})")
     keys = [
         Line2D([], [], color=PERCEPTION, marker="o", lw=3, label="outcome ~ perception"),
         Line2D([], [], color=REASONING, marker="o", lw=3, label="outcome ~ reasoning"),
@@ -416,10 +347,10 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
     units = {"points": claims[~correlation], "r": claims[correlation]}
     units = {unit: part for unit, part in units.items() if len(part)}
     names = {unit: list(dict.fromkeys(part.claim)) for unit, part in units.items()}
-    tasks, lines = _tasks(claims), [len(claim) + 2 for claim in names.values()]
+    tasks, lines = tasks_of(claims), [len(claim) + 2 for claim in names.values()]
     height = 0.5 * sum(lines) / len(lines)
     grid = {"height_ratios": lines}
-    fig, axes = _panels(list(units), tasks, 6.5, height, sharex="row", sharey="row", gridspec_kw=grid)
+    fig, axes = panels(list(units), tasks, 6.5, height, sharex="row", sharey="row", gridspec_kw=grid)
     for (unit, task), ax in axes.items():
         ax.axvline(0, color="black", lw=1)
         for row in units[unit][units[unit].task == task].itertuples():
@@ -435,27 +366,8 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
     for task in tasks:
         axes[next(iter(units)), task].set_title(TASKS.get(task, task))
     keys = [Line2D([], [], color=color, marker=mark, lw=3, label=word) for word, (mark, color) in VERDICTS.items()]
-    fig.suptitle(f"Claims and verdicts ({_count(claims.seeds.max(), 'seed')})")
+    fig.suptitle(f"Claims and verdicts ({counted(claims.seeds.max(), 'seed')})")
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
-    return fig
-
-
-def cost_growth(growth: pd.DataFrame) -> Figure:
-    """Seconds over each size, both logarithmic, with the exponent of every line in its panel's legend."""
-    axes = ["response tokens", "batch", "group", "parameters"]
-    works = dict(zip(sorted(growth.work.unique()), ("o-", "s--"), strict=False))
-    fig, panels = plt.subplots(1, len(axes), figsize=(20, 5.5), sharey=True, layout="constrained")
-    for ax, axis in zip(panels, axes, strict=True):
-        for work, part in growth[growth.axis == axis].groupby("work"):
-            exponent = f"{work}: {part.exponent.iloc[0]:.2f} ± {part.standard_error.iloc[0]:.2f}"
-            whiskers = [part.seconds - part.low, part.high - part.seconds]
-            ax.errorbar(part["size"], part.seconds, whiskers, fmt=works[work], color=END_TO_END, label=exponent)
-        sizes = sorted(growth["size"][growth.axis == axis].unique())
-        ax.set(xscale="log", yscale="log", xlabel=axis)
-        ax.set_xticks(sizes, [f"{size / 1e6:.1f} M" if size >= 1e5 else f"{size:g}" for size in sizes])
-        ax.set_xticks([], minor=True)
-        ax.legend(title="exponent", frameon=False, fontsize="x-small", title_fontsize="x-small")
-    panels[0].set_ylabel("seconds")
     return fig
 
 
@@ -475,16 +387,18 @@ def samples(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
 
-def _panels(rows: list[str], columns: list[str], width: float, height: float, **share) -> tuple[Figure, dict]:
+def panels(rows: list[str], columns: list[str], width: float, height: float, **share) -> tuple[Figure, dict]:
     """A figure of rows × columns panels of that size in inches, and its axes by (row, column)."""
     size = (width * len(columns), height * len(rows) + 0.8)
     fig, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained", **share)
     return fig, {(row, column): axes[i, j] for i, row in enumerate(rows) for j, column in enumerate(columns)}
 
 
-def _tasks(table: pd.DataFrame) -> list[str]:
+def tasks_of(table: pd.DataFrame) -> list[str]:
+    """The tasks of a table in the order they are drawn."""
     return sorted(table.task.unique(), reverse=True)  # Sudoku, then Graph Coloring
 
 
-def _count(number: float, noun: str) -> str:
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: 1 seed, 3 seeds."""
     return f"{number:.0f} {noun}{'' if number == 1 else 's'}"

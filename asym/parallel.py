@@ -13,6 +13,6 @@ from joblib import Parallel, delayed
 def side_by_side(workers: int, function: Callable, calls: Iterable[tuple]) -> list[Any]:
     """The results of `function(*call)` for every call, in order, `workers` at a time; one worker is this process.
 
-    No two calls may work on the same run. The first exception of a call is raised here, and ends the others.
+    Calls that come for the same run take turns. The first exception of a call is raised here, and ends the others.
     """
     return Parallel(n_jobs=workers, batch_size=1)(delayed(function)(*call) for call in calls)

@@ -145,9 +145,8 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     """
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    config = {
-        key: getattr(p, key) for key in (*keys, "lora_rank", "trained_parts", "prompt_style", f"difficulty_{task}")
-    }
+    keys += ("lora_rank", "trained_parts", "prompt_style", f"difficulty_{task}")
+    config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
     with run.locked():

@@ -152,7 +152,8 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 def _code() -> str:
     """The hash of all sources of `asym` that a run depends on: those that neither draw nor judge nor drive."""
     folder = Path(__file__).parent
-    others = {"__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel", "stats", "study"}
+    others = ("__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel", "stats")
+    others += ("study", "trends")
     sources = sorted(path for path in folder.rglob("*.py") if path.stem not in others)
     return digest([[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")] for path in sources])
 

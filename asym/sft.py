@@ -10,9 +10,8 @@ the full pass needs to give only g_r.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -299,7 +298,7 @@ def fit(
     batch: int,
     seed: int,
     accumulation: int = 1,
-    snapshots: Mapping[int, Run] = MappingProxyType({}),
+    snapshots: dict[int, Run] | None = None,
 ) -> None:
     """Train with AdamW (linear decay, 5 % warm-up, gradients clipped at norm 1); resumes by itself.
 
@@ -331,7 +330,7 @@ def fit(
         data_collator=SegmentCollator(processor),
         peft_config=models.prepare_training(model, p),
         balance=balance,
-        callbacks=[ProgressCallback(label), SnapshotCallback(snapshots, processor)],
+        callbacks=[ProgressCallback(label), SnapshotCallback(snapshots or {}, processor)],
     )
     trainer.remove_callback(PrinterCallback)
     if steps:  # 0 leaves a stage out; the trainer would take it for "as many as there are"

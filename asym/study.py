@@ -132,6 +132,7 @@ def _changed(params: Params) -> dict:
 def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) -> nbformat.NotebookNode:
     """Run one notebook from the repository root; `copy` holds it as far as it came."""
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a notebook does not show
+    asked = os.environ.get("ASYM_PROGRESS")
     os.environ["ASYM_PROGRESS"] = str(feed)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else every kernel start prints a debugger's warning
     try:
@@ -154,6 +155,8 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) ->
         raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None
     finally:
         del os.environ["ASYM_PROGRESS"]
+        if asked is not None:
+            os.environ["ASYM_PROGRESS"] = asked
 
 
 def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:

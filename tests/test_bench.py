@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from asym import bench, figures, growth
+from asym import bench, growth, trends
 from asym.runs import Run
 
 
@@ -50,7 +50,7 @@ def test_growth_follows_one_size_at_a_time(study, monkeypatch):
     for _, part in table.groupby(["work", "axis"]):
         slope = np.diff(np.log(part.seconds)) / np.diff(np.log(part["size"]))
         assert part.exponent.to_numpy() == pytest.approx([*slope, *slope], abs=0.2)  # seconds are rounded
-    fig = figures.cost_growth(table)
+    fig = trends.cost_growth(table)
     assert [ax.get_xlabel() for ax in fig.axes] == ["response tokens", "batch", "group", "parameters"]
 
 

@@ -11,6 +11,13 @@ from asym.parallel import side_by_side
 from asym.sft import train_arm
 
 
+@pytest.fixture(autouse=True)
+def workers():
+    """New ones for every test, for they know the environment of their start; none is left to write into later tests."""
+    yield
+    get_reusable_executor().shutdown(wait=True)
+
+
 def where(index):
     if index < 0:
         raise ValueError(f"no {index}")
@@ -32,7 +39,6 @@ def test_an_exception_of_a_call_is_raised(workers):
 
 def test_arms_are_the_same_in_workers_as_one_after_the_other(tiny, base, root, monkeypatch):
     """Weights and responses alike."""
-    get_reusable_executor().shutdown()  # workers know the environment of their start
     p, rows = tiny(), []
     for workers in (1, 2):
         monkeypatch.setenv("ASYM_RUNS", str(root / f"runs-{workers}"))
@@ -48,7 +54,6 @@ def test_arms_are_the_same_in_workers_as_one_after_the_other(tiny, base, root, m
 
 
 def test_workers_that_need_the_same_split_make_it_once(tiny, root, monkeypatch):
-    get_reusable_executor().shutdown()
     monkeypatch.setenv("ASYM_RUNS", str(root / "runs"))
     p = tiny(n_train_sft=300)
     first, second = side_by_side(2, load_split, [(p, "sudoku", "train_sft", 0)] * 2)

@@ -133,7 +133,8 @@ def test_progress_reports_to_a_file(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_off_is_silent(capfd):
+def test_progress_off_is_silent(monkeypatch, capfd):
+    monkeypatch.setenv("ASYM_PROGRESS", "off")
     with progress("train", 2) as bar:
         bar.update(2)
     assert capfd.readouterr() == ("", "")

@@ -1,0 +1,106 @@
+"""Figures of how something follows a quantity: the gap and the cure the dose, cost the size of the work.
+
+DataFrame in, Figure out, in the style of `figures`.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from asym import figures
+
+
+def dose_response(table: pd.DataFrame) -> Figure:
+    """a_p and a_r (points) over the dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
+
+    From the table of `imbalance.dose_response`.
+    """
+    axes_of = list(dict.fromkeys(table.axis))
+    fig, axes = figures.panels(figures.tasks_of(table), axes_of, 6, 4, sharex="col", sharey=True)
+    for (task, axis), ax in axes.items():
+        part = table[(table.task == task) & (table.axis == axis)].sort_values("level")
+        for arm, style in (("token_averaged", "o-"), ("ngdiff", "D--")):
+            for measure in ("a_p", "a_r"):
+                line = part[part.response == f"{arm} {measure}"]
+                error = [line.estimate - line.low, line.high - line.estimate]
+                ax.errorbar(line.level, line.estimate, error, fmt=style, color=figures.BARS[measure][1], capsize=3)
+        ax.set(title=f"{figures.TASKS.get(task, task)}, {axis}", ylim=(0, 105), xticks=sorted(part.level.unique()))
+        ax.set_xlabel(f"dose of {axis}" if task == figures.tasks_of(table)[-1] else "")
+    fig.supylabel("accuracy (points)")
+    fig.suptitle(
+        f"Dose and response ({figures.counted(table.n.max(), 'problem')}, {figures.counted(table.seeds.max(), 'seed')})"
+    )
+    keys = [Line2D([], [], color=figures.BARS[m][1], lw=4, label=figures.BARS[m][0]) for m in ("a_p", "a_r")]
+    keys += [Line2D([], [], color="black", marker="o", label=figures.display("token_averaged"))]
+    keys += [Line2D([], [], color="black", marker="D", ls="--", label=figures.display("ngdiff"))]
+    fig.legend(handles=keys, ncols=4, frameon=False, loc="outside lower center")
+    return fig
+
+
+def dose_map(table: pd.DataFrame) -> Figure:
+    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task."""
+    responses = {"gap": "gap of token-averaged: a_r − a_p", "gain": "gain of NGDiff in a"}
+    doses = table.axis + " " + table.level.map("{:g}".format)
+    table = table.assign(dose=pd.Categorical(doses, list(dict.fromkeys(doses))))
+    fig, axes = figures.panels([""], list(responses), 7, 0.55 * doses.nunique() + 1, sharey=True)
+    shown = table[table.response.isin(responses)]
+    limit = max(shown.estimate.abs().max(), 1)
+    for (_, response), ax in axes.items():
+        grid = shown[shown.response == response].pivot_table(
+            index="dose", columns="task", values="estimate", observed=True
+        )
+        grid = grid[figures.tasks_of(table)].rename(columns=figures.TASKS)
+        sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=True, fmt="+.0f", cbar=False, ax=ax)
+        ax.set(title=responses[response], xlabel="", ylabel="")
+        ax.tick_params(axis="y", rotation=0)
+    fig.suptitle("Where imbalance bites (points)")
+    return fig
+
+
+def share_predicts_gap(table: pd.DataFrame) -> Figure:
+    """The gap of token-averaged SFT over perception's share of tokens, loss and gradient (%): a dot per dose and task.
+
+    Titles give Spearman's ρ over all dots.
+    """
+    gaps = table[table.response == "gap"]
+    shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
+    fig, axes = figures.panels([""], list(shares), 5.5, 4.5, sharey=True)
+    marks = dict(zip(figures.tasks_of(table), "os", strict=False))
+    for (_, share), ax in axes.items():
+        for task, mark in marks.items():
+            part = gaps[gaps.task == task]
+            ax.plot(
+                100 * part[share],
+                part.estimate,
+                mark,
+                color=figures.END_TO_END,
+                ms=10,
+                label=figures.TASKS.get(task, task),
+            )
+        rho = gaps[share].corr(gaps.estimate, method="spearman")
+        ax.axhline(0, color=figures.QUIET, lw=1)
+        ax.set(title=f"ρ = {rho:.2f}", xlabel=f"perception's share of {shares[share]} (%)")
+    axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
+    fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
+    return fig
+
+
+def cost_growth(growth: pd.DataFrame) -> Figure:
+    """Seconds over each size, both logarithmic, with the exponent of every line in its panel's legend."""
+    axes = ["response tokens", "batch", "group", "parameters"]
+    works = dict(zip(sorted(growth.work.unique()), ("o-", "s--"), strict=False))
+    fig, drawn = plt.subplots(1, len(axes), figsize=(20, 5.5), sharey=True, layout="constrained")
+    for ax, axis in zip(drawn, axes, strict=True):
+        for work, part in growth[growth.axis == axis].groupby("work"):
+            exponent = f"{work}: {part.exponent.iloc[0]:.2f} ± {part.standard_error.iloc[0]:.2f}"
+            whiskers = [part.seconds - part.low, part.high - part.seconds]
+            ax.errorbar(part["size"], part.seconds, whiskers, fmt=works[work], color=figures.END_TO_END, label=exponent)
+        sizes = sorted(growth["size"][growth.axis == axis].unique())
+        ax.set(xscale="log", yscale="log", xlabel=axis)
+        ax.set_xticks(sizes, [f"{size / 1e6:.1f} M" if size >= 1e5 else f"{size:g}" for size in sizes])
+        ax.set_xticks([], minor=True)
+        ax.legend(title="exponent", frameon=False, fontsize="x-small", title_fontsize="x-small")
+    drawn[0].set_ylabel("seconds")
+    return fig

@@ -1,0 +1,60 @@
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from synthetic import responses
+from test_figures import TASKS, line, texts
+
+from asym import figures, trends
+from asym.imbalance import dose_response
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def drawing():
+    with plt.rc_context():
+        figures.style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def dosed():
+    """Two tasks, two axes with two doses; perception lags the more the higher the dose."""
+    parts = []
+    for task, axis, level in [(t, a, k) for t in TASKS for a in ("length", "entropy") for k in (0.0, 1.0)]:
+        rates = {"token_averaged": (0.8 - 0.5 * level, 0.9), "ngdiff": (0.9, 0.9)}
+        parts.append(responses(rates, problems=40, task=task).assign(axis=axis, level=level))
+    logged = pd.MultiIndex.from_product(
+        [TASKS, ["length", "entropy"], [0.0, 1.0]], names=["task", "axis", "level"]
+    ).to_frame(index=False)
+    logged = logged.assign(token_share=0.2 - 0.1 * logged.level, loss_perception=1.0, loss_reasoning=2.0)
+    return dose_response(pd.concat(parts), logged.assign(grad_norm_perception=1.0, grad_norm_reasoning=1.0))
+
+
+def test_doses_are_drawn_by_axis_with_the_gap_between_solid_lines(dosed):
+    fig = trends.dose_response(dosed)
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["Sudoku, length", "Sudoku, entropy"]
+    solid = line(fig.axes[0], figures.PERCEPTION)
+    found = dosed.set_index(["task", "axis", "response"]).loc["sudoku", "length", "token_averaged a_p"]
+    assert solid.get_xdata().tolist() == [0, 1]
+    assert solid.get_ydata().tolist() == found.estimate.tolist()
+
+
+def test_the_map_of_doses_holds_gap_and_gain(dosed):
+    fig = trends.dose_map(dosed)
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == [
+        *("length 0", "length 1", "entropy 0", "entropy 1")
+    ]
+    gap = dosed[(dosed.response == "gap") & (dosed.task == "sudoku")].estimate
+    assert texts(fig.axes[0])[::2] == [f"{value:+.0f}" for value in gap]
+
+
+def test_shares_are_drawn_against_the_gap_with_their_rank_correlation(dosed):
+    fig = trends.share_predicts_gap(dosed)
+    assert [ax.get_xlabel().split(" of ")[1] for ax in fig.axes] == ["tokens (%)", "loss (%)", "gradient (%)"]
+    gaps = dosed[dosed.response == "gap"]
+    rho = gaps.token_share.corr(gaps.estimate, method="spearman")
+    assert fig.axes[0].get_title() == f"ρ = {rho:.2f}"
+    assert rho < -0.5
