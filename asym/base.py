@@ -1,9 +1,10 @@
 """The base: a small VLM with a strong language side and a weaker eye, made in the two stages of a real one.
 
-Language: puzzles given in words; the response restates the puzzle as JSON, deduces, and answers. Vision: clean drawings
-of scenes that cannot be guessed, to be transcribed; puzzles in words stay in the mix, so that they are not forgotten.
-Both tasks share one base. It has never seen the response format of the study, nor a drawing as hard as the study's:
-that is what post-training adds. This models how a real VLM enters post-training; it is a model, not the thing.
+Language: puzzles given in words; the response restates the puzzle as JSON, reasons without verifying, and answers.
+Vision: clean drawings of scenes that cannot be guessed, to be transcribed; puzzles in words stay in the mix, so that
+they are not forgotten. Both tasks share one base. It knows what each tag is for, as a real VLM would, but it has never
+reasoned about an image nor seen a drawing as hard as the study's: that is what post-training adds. This models how a
+real VLM enters post-training; it is a model, not the thing.
 """
 
 import itertools
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 from datasets import Dataset, Image, concatenate_datasets
+from pytorch_optimizer import Muon
+from transformers import PreTrainedModel
 
 from asym import models
 from asym.balance import TokenAveraged
@@ -21,19 +24,19 @@ from asym.runs import Run, repo_root
 from asym.scoring import score
 from asym.sft import fit, threads
 from asym.tasks import Drawing
-from asym.transcript import compose
+from asym.transcript import prefill, tagged
 
 TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.25  # of the vision stage that stays text
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
-    """Puzzles in words with responses of three lines: the puzzle as JSON, the deduction, the answer."""
+    """Puzzles in words with responses of three lines: the puzzle as JSON, the reasoning, the answer."""
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
-        reasoning, answer = task.explain(problem, rng, p.verbosity, p.variation)
-        response = "\n".join((task.transcribe(problem), reasoning, answer))
+        reasoning, answer = task.explain(problem, rng, 0, p.variation)
+        response = "\n".join((task.transcribe(problem), tagged("reasoning", reasoning), tagged("answer", answer)))
         rows.append({"query": task.describe(problem), "response": response})
     return Dataset.from_list(rows)
 
@@ -43,14 +46,15 @@ def scenes(p: Params, name: str, seed: int) -> Dataset:
     task, clean, rows = task_of(p, name), Drawing.at(0.0, p.image_size), []
     for index, scene in enumerate(itertools.islice(problems(task, "train_base", seed, scenes=True), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "scene")
-        rows.append({"query": TRANSCRIBE, "response": task.transcribe(scene), "image": task.draw(scene, clean, rng)})
+        response, image = tagged("perception", task.transcribe(scene)), task.draw(scene, clean, rng)
+        rows.append({"query": TRANSCRIBE, "response": response, "image": image})
     return Dataset.from_list(rows).cast_column("image", Image())
 
 
 def train_base(p: Params, seed: int) -> Run:
     """The finished run of the base's vision stage, both stages trained now if they have not been."""
     keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
-    keys += ("n_train_base", "verbosity", "variation", "hidden_size", "layers", "heads", "vision_hidden_size")
+    keys += ("n_train_base", "variation", "hidden_size", "layers", "heads", "vision_hidden_size")
     keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")
     config = {key: getattr(p, key) for key in keys} | {"seed": seed}
     language = Run.open(repo_root(), "base-language", config)
@@ -65,7 +69,8 @@ def train_base(p: Params, seed: int) -> Run:
         processor = models.build_processor([*words["query"], *words["response"], *_vocabulary(p, seed)], p)
         model = models.build_model(processor, p, seed)
         schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
-        fit(language, "base: language", model, processor, words, TokenAveraged(), alone, seed=seed, **schedule)
+        schedule |= {"seed": seed, "optimizer": muon(model, p.language_lr)}
+        fit(language, "base: language", model, processor, words, TokenAveraged(), alone, **schedule)
         language.finish()
     model, processor = models.load(language.checkpoint)
     drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
@@ -76,6 +81,20 @@ def train_base(p: Params, seed: int) -> Run:
     fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, seed=seed, **schedule)
     vision.finish()
     return vision
+
+
+def muon(model: PreTrainedModel, lr: float) -> Muon:
+    """Muon for the hidden matrices, AdamW for all else: it learns to reason in half of AdamW's steps.
+
+    Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to the size of AdamW's steps (Liu et al.,
+    arXiv 2502.16982), so that one learning rate serves both. It makes the language stage only; post-training
+    has AdamW, as usual.
+    """
+    hidden, others = [], []
+    for name, weights in model.named_parameters():
+        (hidden if weights.ndim >= 2 and "embed" not in name else others).append(weights)
+    groups = [{"params": hidden, "use_muon": True, "use_adjusted_lr": True}, {"params": others, "use_muon": False}]
+    return Muon([group | {"lr": lr, "weight_decay": 0.01} for group in groups])
 
 
 def _vocabulary(p: Params, seed: int) -> Iterator[str]:
@@ -111,8 +130,12 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
         with threads(p.threads * p.workers):
             completions = complete(model, processor, queries, images, **limits)
         for index, (problem, text) in enumerate(zip(chosen, completions, strict=True)):
-            lines = [text, "", task.answer(problem)] if mode in drawings else [*text.split("\n"), "", "", ""][:3]
-            scores = score(task, problem, compose(*lines))
+            if mode in drawings:  # only what it sees is asked for: the rest of a response is supplied
+                whole = "\n".join((text, tagged("reasoning", ""), tagged("answer", task.answer(problem))))
+            else:
+                seen, _, rest = text.partition("\n")
+                whole = prefill(seen) + rest
+            scores = score(task, problem, whole)
             row = {"mode": mode, "problem_id": f"{name}/validation/{index}", "ground_truth": task.ground_truth(problem)}
             row |= {"completion": text, "a": scores.a, "a_p": scores.a_p, "a_p_graded": scores.a_p_graded}
             row["parse_failure"] = scores.parse_failure

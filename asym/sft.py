@@ -299,8 +299,9 @@ def fit(
     seed: int,
     accumulation: int = 1,
     snapshots: dict[int, Run] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Train with AdamW (linear decay, 5 % warm-up, gradients clipped at norm 1); resumes by itself.
+    """Train (linear decay, 5 % warm-up, gradients clipped at norm 1; AdamW unless told otherwise); resumes by itself.
 
     Leaves checkpoint and metrics in the run, and a checkpoint in each of `snapshots` (by step).
     """
@@ -330,6 +331,7 @@ def fit(
         data_collator=SegmentCollator(processor),
         peft_config=models.prepare_training(model, p),
         balance=balance,
+        optimizers=(optimizer, None),
         callbacks=[ProgressCallback(label), SnapshotCallback(snapshots or {}, processor)],
     )
     trainer.remove_callback(PrinterCallback)

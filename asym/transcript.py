@@ -31,9 +31,12 @@ class Response:
 
 def compose(perception: str, reasoning: str, answer: str) -> str:
     """The text of a response. A line break between segments keeps byte-level tokens from straddling them."""
-    return "\n".join(
-        f"<{name}>{text}</{name}>" for name, text in zip(SEGMENTS, (perception, reasoning, answer), strict=True)
-    )
+    return "\n".join(map(tagged, SEGMENTS, (perception, reasoning, answer)))
+
+
+def tagged(segment: str, text: str) -> str:
+    """The text of one segment in its tags."""
+    return f"<{segment}>{text}</{segment}>"
 
 
 def prefill(perception: str) -> str:
@@ -41,7 +44,7 @@ def prefill(perception: str) -> str:
 
     It ends in the line break after the perception: there, unlike within a tag, every tokenizer ends a token.
     """
-    return f"<perception>{perception}</perception>\n"
+    return tagged("perception", perception) + "\n"
 
 
 def split(completion: str) -> Response:

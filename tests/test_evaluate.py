@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from asym import evaluate
-from asym.base import own_format
 from asym.data import load_split, task_of
 from asym.evaluate import COLUMNS, measure, measure_along
 from asym.scoring import score
@@ -134,12 +133,6 @@ def test_rows_of_another_seed_are_not_taken_for_this_one(tiny, base, root):
     )
     assert one.ground_truth.tolist() != other.ground_truth.tolist()
     assert other.ground_truth.tolist()[:4:2] == load_split(tiny(), "sudoku", "train_rl", 1)["ground_truth"]
-
-
-def test_own_format_reports_the_base_on_its_three_own_exercises(tiny, base, root):
-    rows = own_format(tiny(), base, "sudoku")
-    assert rows["mode"].value_counts().to_dict() == {"transcribe_clean": 2, "transcribe_study": 2, "puzzle_in_words": 2}
-    assert rows.notna().all(axis=None)
 
 
 def test_along_a_training_every_checkpoint_answers_the_validation_problems(tiny, base, root):

@@ -324,6 +324,43 @@ def test_verbosity_lengthens_at_equal_content(task, variation):
 
 
 @all_tasks
+@pytest.mark.parametrize("variation", [0.0, 1.0])
+def test_every_round_verifies_everything_once(task, variation):
+    for k, problem in enumerate(some(task, 10)):
+        reasoning, answer = task.explain(problem, Random(k), 3, variation)
+        solution = task.parse_answer(answer, problem)
+        first, *rounds = re.split(r" round \d+\. ", reasoning)
+        assert first == task.explain(problem, Random(k), 0, variation)[0]
+        assert len(rounds) == 3
+        for lines in rounds:
+            if task.name == "sudoku":
+                stated = re.findall(r"([a-z]+) (\d+): ([\d ]+),", lines)
+                names = {word: kind for kind, words in _UNITS.items() for word in words}
+                said = {
+                    (names[word], int(index) - 1): [int(d) for d in digits.split()] for word, index, digits in stated
+                }
+                n = len(problem)
+                blocks = {kind: units(n)[k * n : (k + 1) * n] for k, kind in enumerate(_UNITS)}
+                assert len(stated) == 3 * n
+                assert said == {
+                    (kind, index): [solution[r][c] for r, c in unit]
+                    for kind, block in blocks.items()
+                    for index, unit in enumerate(block)
+                }
+            else:
+                edges = re.findall(r"(\d+) (\d+): ([a-z]) ([a-z]),", lines)
+                assert sorted((int(u), int(v)) for u, v, *_ in edges) == list(problem.edges)
+                assert all((solution[int(u)], solution[int(v)]) == (a, b) for u, v, a, b in edges)
+                vertices = re.findall(r"(\d+): [a-z]+((?: \d+ [a-z])+| none), (\d+) ([a-z]),", lines)
+                assert sorted(int(v) for v, *_ in vertices) == list(range(problem.n))
+                for vertex, near, again, color in vertices:
+                    assert (again, solution[int(vertex)]) == (vertex, color)
+                    assert {(int(u), c) for u, c in re.findall(r"(\d+) ([a-z])", near)} == {
+                        (u, solution[u]) for u in problem.neighbours[int(vertex)]
+                    }
+
+
+@all_tasks
 def test_without_variation_a_problem_has_one_trace(task):
     for problem in some(task, 10):
         assert len({task.explain(problem, Random(k), 1, 0.0) for k in range(5)}) == 1

@@ -1,6 +1,7 @@
 """Graph coloring: 5–6 vertices on a CPU, 7–9 as published, one implementation."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from asym.tasks.task import OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
+from asym.tasks.task import FINE, OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
 
 MAX_VERTICES = len(ascii_lowercase)  # one letter per color, and the exact search stays instant
 _NEAR = ("near", "by", "beside", "meets", "touches", "joins")
@@ -107,19 +108,20 @@ class GraphColoring:
             waiting = [v for v in range(problem.n) if v not in colors and v != vertex]
             if waiting and choices.happens("look", 0.15):
                 idle = _near(problem, choices.pick(waiting), colors, choices)
-                lines.append(f"{idle}, {choices.pick(('later', 'not yet'))}.")
+                lines.append(f"{choices.pick(OPENERS)} {idle}, {choices.pick(('later', 'not yet'))}.")
             used = {colors[v] for v in problem.neighbours[vertex] if v in colors}
             color = next(letter for letter in ascii_lowercase if letter not in used)
-            line = _near(problem, vertex, colors, choices)
+            line = f"{choices.pick(OPENERS)} {_near(problem, vertex, colors, choices)}"
             if used and choices.happens("slip", 0.06):  # a mistake, noticed and mended
                 wrong = choices.pick(sorted(used))
                 line += f", {choices.pick(SO)} {wrong}? no, near {wrong}"
             lines.append(f"{line}, {choices.pick(SO)} {vertex} {color}.")
             colors[vertex] = color
-            lines += choices.restate(_restate(problem, vertex, used, colors), verbosity)
         for u, v in choices.order(problem.edges):
             if choices.happens("check", 0.3):
-                lines.append(f"check {u} {v}: {colors[u]} {colors[v]}, {choices.pick(('good', 'ok', 'fine'))}.")
+                lines.append(f"check {u} {v}: {colors[u]} {colors[v]}, {choices.pick(FINE)}.")
+        for count in range(1, verbosity + 1):
+            lines.extend([f"round {count}.", *_verify(problem, colors, choices)])
         return " ".join(lines), json.dumps([colors[vertex] for vertex in range(problem.n)])
 
     def parse_perception(self, text: str, problem: Graph) -> Graph:
@@ -272,17 +274,18 @@ def _first_fit(graph: Graph, order: list[int]) -> int:
 def _near(graph: Graph, vertex: int, colors: dict[int, str], choices: Variation) -> str:
     """A vertex with its neighbours and the colors they have so far."""
     near = [f"{v} {colors.get(v, '-')}" for v in choices.order(graph.neighbours[vertex])]
-    return f"{choices.pick(OPENERS)} {vertex}: {choices.pick(_NEAR)} {' '.join(near) or 'none'}"
+    return f"{vertex}: {choices.pick(_NEAR)} {' '.join(near) or 'none'}"
 
 
-def _restate(graph: Graph, vertex: int, used: set[str], colors: dict[int, str]) -> list[str]:
-    open_vertices = [str(v) for v in range(graph.n) if v not in colors]
-    return [
-        f"not {' '.join(sorted(used)) or 'none'}.",
-        f"{vertex} is {colors[vertex]}.",
-        f"open {' '.join(open_vertices) or 'none'}.",
-        f"used {' '.join(sorted(set(colors.values())))}.",
-    ]
+def _verify(graph: Graph, colors: dict[int, str], choices: Variation) -> Iterator[str]:
+    """Every vertex and every edge of the finished coloring, once more."""
+    for kind in choices.order(("vertices", "edges")):
+        for item in choices.walk(range(graph.n) if kind == "vertices" else graph.edges):
+            if kind == "vertices":
+                said = f"{_near(graph, item, colors, choices)}, {item} {colors[item]}"
+            else:
+                said = "{} {}: {} {}".format(*item, *(colors[v] for v in item))
+            yield f"{choices.pick(OPENERS)} {said}, {choices.pick(FINE)}."
 
 
 def _layout(graph: Graph, displacement: float, radius: float, rng: Random) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from asym.tasks.task import OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
+from asym.tasks.task import FINE, OPENERS, SO, Canvas, Drawing, Variation, is_int, read_json
 
 Grid = tuple[tuple[int, ...], ...]  # 0 is a blank
 
@@ -257,6 +257,8 @@ class _Trace:
             if waiting and self.choices.happens("look", 0.2):
                 lines.append(self.look(self.choices.pick(waiting)))
             lines.extend(self.step(self.choices.pick(ready)) if ready else self.trial(self.choices.pick(blanks)))
+        for count in range(1, self.verbosity + 1):
+            lines.extend([f"round {count}.", *self.verify()])
         return " ".join(lines), json.dumps(self.cells)
 
     def options(self, cell: tuple[int, int]) -> list[int]:
@@ -300,21 +302,22 @@ class _Trace:
         yield f"{self.evidence(cell)}, open {options}, by trial {_cell(cell)} {digit}."
         yield from self.place(cell, digit)
 
+    def verify(self) -> Iterator[str]:
+        """Every unit of the finished grid, once more."""
+        for kind in self.choices.order(_UNITS):
+            first = list(_UNITS).index(kind) * self.n
+            for k in self.choices.walk(range(self.n)):
+                name = f"{self.choices.pick(OPENERS)} {self.choices.pick(_UNITS[kind])} {k + 1}"
+                digits = " ".join(str(self.cells[r][c]) for r, c in units(self.n)[first + k])
+                yield f"{name}: {digits}, {self.choices.pick(FINE)}."
+
     def place(self, cell: tuple[int, int], digit: int) -> Iterator[str]:
         r, c = cell
         self.cells[r][c] = digit
-        state = lambda kind, index: f"{kind} {index + 1} now {' '.join(map(str, self.held(cell, kind)))}."  # noqa: E731
-        restatements = [
-            "not " + " ".join(str(d) for d in range(1, self.n + 1) if d != digit) + ".",
-            state("row", r),
-            state("column", c),
-            f"{_cell(cell)} is {digit}.",
-        ]
-        yield from self.choices.restate(restatements, self.verbosity)
         for kind, index in (("row", r), ("column", c)):
             if len(self.held(cell, kind)) == self.n and self.choices.happens("check", 0.3):
                 digits = " ".join(map(str, self.held(cell, kind)))
-                yield f"check {kind} {index + 1}: {digits}, {self.choices.pick(('good', 'ok', 'fine'))}."
+                yield f"check {kind} {index + 1}: {digits}, {self.choices.pick(FINE)}."
 
 
 def _cell(cell: tuple[int, int]) -> str:

@@ -93,6 +93,7 @@ def is_int(value: Any) -> bool:
 
 # Words that mean the same: what a trace says is fixed by the problem, how it says it is not.
 OPENERS = ("now", "next", "ok", "look", "well", "and", "here", "fine")
+FINE = ("good", "ok", "fine", "right", "true", "yes", "sound", "sure")
 SO = ("so", "hence", "then", "thus", "therefore", "giving", "leaving", "making")
 
 
@@ -106,7 +107,6 @@ class Variation:
     def __init__(self, rng: Random, variation: float):
         self.rng, self.variation = rng, variation
         self._owed: dict[str, float] = {}
-        self._asides = rng.getrandbits(64)  # a stream of their own: how many there are changes nothing else
 
     def _free(self) -> bool:
         return self.rng.random() < self.variation
@@ -120,6 +120,10 @@ class Variation:
         items = list(items)
         return self.rng.sample(items, len(items)) if self._free() else items
 
+    def walk(self, items) -> list:
+        """The items, forwards or backwards: which one comes next can be told from the last."""
+        return self.pick((list(items), list(items)[::-1]))
+
     def happens(self, remark: str, rate: float) -> bool:
         """Whether an optional remark is made here; `rate` is its long-run frequency."""
         if self._free():
@@ -129,13 +133,6 @@ class Variation:
             return False
         self._owed[remark] -= 1
         return True
-
-    def restate(self, remarks: list[str], count: int) -> list[str]:
-        """`count` remarks that add words and no content: canonically in turn, freely in any order and wording."""
-        self._asides += 1
-        aside = Variation(Random(self._asides), self.variation)
-        turns = [k % len(remarks) for k in range(count)]
-        return [f"{aside.pick(OPENERS)} {aside.pick(remarks[k:] + remarks[:k])}" for k in turns]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""The base: its two stages' data, its optimizer, and how it is examined."""
+
+import pytest
+import torch
+
+from asym import base as stages
+from asym import models
+from asym.base import muon, own_format, puzzles_in_words, scenes
+from asym.data import load_split
+from asym.transcript import prefill, split
+
+TASKS = ("sudoku", "graph_coloring")
+
+
+def test_own_format_reports_the_base_on_its_three_own_exercises(tiny, base, root):
+    rows = own_format(tiny(), base, "sudoku")
+    assert rows["mode"].value_counts().to_dict() == {"transcribe_clean": 2, "transcribe_study": 2, "puzzle_in_words": 2}
+    assert rows.notna().all(axis=None)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_responses_as_trained_score_full_marks_in_the_own_format(tiny, base, root, name, monkeypatch):
+    p = tiny(n_train_base=12, verbosity=0)
+    told, shown = puzzles_in_words(p, name, 0), scenes(p, name, 0)
+    assert all(split(prefill(row.split("\n")[0]) + row.split("\n", 1)[1]).failure == "" for row in told["response"])
+    assert all(row.startswith("<perception>") for row in shown["response"])
+
+    def perfect(model, processor, queries, images, **limits):
+        right = load_split(p, name, "validation", 0)
+        if images[0] is None:
+            return [f"{row['perception']}\n{row['response'].split(chr(10), 1)[1]}" for row in right]
+        return [prefill(row["perception"]).strip() for row in right]
+
+    monkeypatch.setattr(stages, "complete", perfect)
+    rows = own_format(p, base, name)
+    assert (rows[["a", "a_p"]] == 1).all(axis=None)
+    assert (rows.parse_failure == "").all()
+
+    monkeypatch.setattr(stages, "complete", lambda model, processor, queries, images, **limits: [""] * len(queries))
+    rows = own_format(p, base, name)
+    assert (rows[["a", "a_p"]] == 0).all(axis=None)
+
+
+def test_muon_moves_every_weight_once_and_only_hidden_matrices_by_muon(base):
+    model, _ = models.load(base.checkpoint)
+    optimizer = muon(model, 1e-3)
+    hidden, others = optimizer.param_groups
+    assert {id(w) for w in hidden["params"] + others["params"]} == {id(w) for w in model.parameters()}
+    assert len(hidden["params"]) + len(others["params"]) == len(list(model.parameters()))
+    assert not any(w is model.get_input_embeddings().weight for w in hidden["params"])
+    gate = model.get_decoder().layers[0].mlp.gate_proj.weight
+    before, gate.grad = gate.detach().clone(), torch.randn_like(gate)
+    optimizer.step()
+    step = (before * (1 - 1e-3 * 0.01) - gate).detach() / (1e-3 * 0.2 * max(gate.shape) ** 0.5)
+    spectrum = torch.linalg.svdvals(step)  # an orthogonalised step moves every direction by about as much
+    assert spectrum.min() > 0.5
+    assert spectrum.max() < 1.5
