@@ -9,6 +9,8 @@ real VLM enters post-training; it is a model, not the thing.
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pandas as pd
 from datasets import Dataset, Image, concatenate_datasets
@@ -17,13 +19,13 @@ from transformers import PreTrainedModel
 
 from asym import models
 from asym.balance import TokenAveraged
-from asym.data import drawing_of, problems, stream, task_of
+from asym.data import draw, problems, stream, task_of
 from asym.decode import complete
 from asym.params import Params
 from asym.runs import Run, repo_root
 from asym.scoring import score
 from asym.sft import fit, threads
-from asym.tasks import Drawing
+from asym.tasks import Drawing, Task
 from asym.transcript import prefill, tagged
 
 TRANSCRIBE = "Transcribe the image."
@@ -31,14 +33,25 @@ TEXT_SHARE = 0.25  # of the vision stage that stays text
 
 
 def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
-    """Puzzles in words with responses of three lines: the puzzle as JSON, the reasoning, the answer."""
+    """Puzzles as text. Every other one is told in words and restated as JSON, the rest are JSON from the start.
+
+    With words alone the reasoning would look things up there, and be lost without them.
+    """
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
         reasoning, answer = task.explain(problem, rng, 0, p.variation)
-        response = "\n".join((task.transcribe(problem), tagged("reasoning", reasoning), tagged("answer", answer)))
-        rows.append({"query": task.describe(problem), "response": response})
+        response = "\n".join((tagged("reasoning", reasoning), tagged("answer", answer)))
+        if index % 2:
+            rows.append({"query": _as_json(task, problem), "response": response})
+        else:
+            rows.append({"query": task.describe(problem), "response": f"{task.transcribe(problem)}\n{response}"})
     return Dataset.from_list(rows)
+
+
+def _as_json(task: Task, problem: Any) -> str:
+    asked, _ = task.describe(problem).split(":", 1)
+    return f"{asked}: {task.transcribe(problem)}"
 
 
 def scenes(p: Params, name: str, seed: int) -> Dataset:
@@ -78,7 +91,8 @@ def train_base(p: Params, seed: int) -> Run:
     kept = words.shuffle(seed=seed).select(range(min(share, len(words))))
     mixed = concatenate_datasets([drawings, kept])
     schedule = {"steps": p.vision_steps, "lr": p.vision_lr, "batch": p.vision_batch}
-    fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, seed=seed, **schedule)
+    schedule |= {"seed": seed, "optimizer": muon(model, p.vision_lr)}
+    fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, **schedule)
     vision.finish()
     return vision
 
@@ -87,8 +101,8 @@ def muon(model: PreTrainedModel, lr: float) -> Muon:
     """Muon for the hidden matrices, AdamW for all else: it learns to reason in half of AdamW's steps.
 
     Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to the size of AdamW's steps (Liu et al.,
-    arXiv 2502.16982), so that one learning rate serves both. It makes the language stage only; post-training
-    has AdamW, as usual.
+    arXiv 2502.16982), so that one learning rate serves both. It makes the base only: post-training has AdamW,
+    as usual.
     """
     hidden, others = [], []
     for name, weights in model.named_parameters():
@@ -113,32 +127,36 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
     Returns:
         One row per response: task, family, stage, arm, seed, mode, problem_id, ground_truth, completion, a, a_p,
         a_p_graded, parse_failure. `mode` is transcribe_clean or transcribe_study (drawings; a_p counts) or
-        puzzle_in_words (a counts). The completions are in the base's own format, not in that of the study.
+        puzzle_in_words or puzzle_as_json (text; a counts). The completions are in the base's own formats.
     """
-    task, modes, rows = task_of(p, name), ("transcribe_clean", "transcribe_study", "puzzle_in_words"), []
+    task, rows = task_of(p, name), []
     chosen = list(itertools.islice(problems(task, "validation", 0), p.n_validation))
-    drawings = dict(zip(modes, (Drawing.at(0.0, p.image_size), drawing_of(p, name)), strict=False))
+    easy = p.model_copy(update={"difficulty_sudoku": 0.0, "difficulty_graph_coloring": 0.0})
+    drawings = {"transcribe_clean": easy, "transcribe_study": p}
     model, processor = models.load(base.checkpoint)
-    for mode in modes:
-        rng = stream(0, f"{name}/validation", 0, mode)
-        if mode in drawings:
-            queries = [TRANSCRIBE] * len(chosen)
-            images = [task.draw(problem, drawings[mode], rng) for problem in chosen]
-        else:
-            queries, images = [task.describe(problem) for problem in chosen], [None] * len(chosen)
+    asked = dict.fromkeys(drawings, lambda _: TRANSCRIBE)
+    asked |= {"puzzle_in_words": task.describe, "puzzle_as_json": partial(_as_json, task)}
+    for mode, query in asked.items():
+        rng, queries = stream(0, f"{name}/validation", 0, mode), list(map(query, chosen))
+        images = [draw(drawings[mode], name, problem, rng) if mode in drawings else None for problem in chosen]
         limits = {"max_new_tokens": p.max_new_tokens, "batch": p.eval_batch, "label": f"base {name} {mode}"}
         with threads(p.threads * p.workers):
             completions = complete(model, processor, queries, images, **limits)
         for index, (problem, text) in enumerate(zip(chosen, completions, strict=True)):
-            if mode in drawings:  # only what it sees is asked for: the rest of a response is supplied
-                whole = "\n".join((text, tagged("reasoning", ""), tagged("answer", task.answer(problem))))
-            else:
-                seen, _, rest = text.partition("\n")
-                whole = prefill(seen) + rest
-            scores = score(task, problem, whole)
+            scores = score(task, problem, _whole(task, mode, problem, text))
             row = {"mode": mode, "problem_id": f"{name}/validation/{index}", "ground_truth": task.ground_truth(problem)}
             row |= {"completion": text, "a": scores.a, "a_p": scores.a_p, "a_p_graded": scores.a_p_graded}
             row["parse_failure"] = scores.parse_failure
             rows.append(row)
     about = {"task": name, "family": p.family, "stage": "base", "arm": "base", "seed": p.seeds[0]}
     return pd.DataFrame(rows).assign(**about)[[*about, *rows[0]]]
+
+
+def _whole(task: Task, mode: str, problem: Any, text: str) -> str:
+    """A response as the study has it: what was not asked for is supplied, and right."""
+    if mode == "puzzle_as_json":
+        return prefill(task.transcribe(problem)) + text
+    if mode == "puzzle_in_words":
+        seen, _, rest = text.partition("\n")
+        return prefill(seen) + rest
+    return "\n".join((text, tagged("reasoning", ""), tagged("answer", task.answer(problem))))

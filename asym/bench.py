@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from asym import evaluate, models, rl
 from asym.balance import Balance, NGDiff, TokenAveraged
-from asym.data import drawing_of, load_split, task_of
+from asym.data import draw, load_split, task_of
 from asym.parallel import side_by_side
 from asym.params import Params
 from asym.runs import Run, progress
@@ -372,12 +372,12 @@ def synthesis_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path
         ),
     ]
     for name in p.tasks:
-        small, drawing = task_of(p, name), drawing_of(p, name)
+        small = task_of(p, name)
 
-        def sample(rng: Random, small=small, drawing=drawing) -> None:
+        def sample(rng: Random, name=name, small=small) -> None:
             problem = small.sample(rng)
             small.explain(problem, rng, p.verbosity, p.variation)
-            small.draw(problem, drawing, rng)
+            draw(p, name, problem, rng)
 
         with threads(1):
             speed = median(rate(sample, partial(streams, 300))() for _ in range(rounds))

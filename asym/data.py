@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
+import PIL.Image
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
 
 from asym.params import Params
@@ -34,9 +35,10 @@ def task_of(p: Params, name: str) -> Task:
     return get_task(name, vertices=(p.vertices_min, p.vertices_max))
 
 
-def drawing_of(p: Params, name: str) -> Drawing:
-    """How the study's images are drawn."""
-    return Drawing.at(p.difficulty_sudoku if name == "sudoku" else p.difficulty_graph_coloring, p.image_size)
+def draw(p: Params, name: str, problem: Any, rng: Random) -> PIL.Image.Image:
+    """The study's image of a problem."""
+    difficulty = p.difficulty_sudoku if name == "sudoku" else p.difficulty_graph_coloring
+    return task_of(p, name).draw(problem, Drawing.at(difficulty, p.image_size), rng)
 
 
 def split_of(task: Task, problem: Any) -> str:
@@ -72,7 +74,7 @@ def problems(task: Task, split: str, seed: int, scenes: bool = False) -> Iterato
 
 def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     """One split of one task, `p.n_<split>` rows; validation and test are the same for every seed."""
-    task, drawing = task_of(p, name), drawing_of(p, name)
+    task = task_of(p, name)
     seed = 0 if split in ("validation", "test") else seed
     rows = []
     for index, problem in enumerate(itertools.islice(problems(task, split, seed), getattr(p, f"n_{split}"))):
@@ -84,7 +86,7 @@ def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
                 "problem_id": f"{name}/{split}/{index}",
                 "task": name,
                 "query": task.prompt(problem, p.prompt_style),
-                "image": task.draw(problem, drawing, stream(seed, f"{name}/{split}", index, "drawing")),
+                "image": draw(p, name, problem, stream(seed, f"{name}/{split}", index, "drawing")),
                 "ground_truth": task.ground_truth(problem),
                 "perception": perception,
                 "response": compose(perception, reasoning, answer),

@@ -72,7 +72,7 @@ class Params(BaseModel):
 
     # Text
     prompt_style: Literal["brief", "full"] = Field("brief", description="prompt of a few words, or with the rules")
-    verbosity: Verbosity = Field(1, description="times each step of the reasoning is checked again")
+    verbosity: Verbosity = Field(1, description="rounds in which the reasoning verifies its solution")
     variation: Share = Field(1.0, description="how unpredictable the reasoning is at equal length, 0 one fixed trace")
 
     # Splits (problems per task)

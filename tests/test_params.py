@@ -83,7 +83,7 @@ def test_all_mistakes_are_told_at_once(complain):
     assert len(lines) == 7
     assert [line for line in lines if line.startswith("--set: ")] == [
         "--set: tasks = '[chess': must be a valid list (puzzles to study)",
-        "--set: verbosity = 99: must be less than or equal to 64 (times each step of the reasoning is checked again)",
+        "--set: verbosity = 99: must be less than or equal to 64 (rounds in which the reasoning verifies its solution)",
     ]
 
 
