@@ -1,10 +1,10 @@
 """The base: a small VLM with a strong language side and a weaker eye, made in the two stages of a real one.
 
-Language: puzzles given in words; the response restates the puzzle as JSON, reasons without verifying, and answers.
-Vision: clean drawings of scenes that cannot be guessed, to be transcribed; puzzles in words stay in the mix, so that
-they are not forgotten. Both tasks share one base. It knows what each tag is for, as a real VLM would, but it has never
-reasoned about an image nor seen a drawing as hard as the study's: that is what post-training adds. This models how a
-real VLM enters post-training; it is a model, not the thing.
+Language: puzzles as text, half told in words (the response first restates them as JSON), half JSON from the start; the
+response reasons, without rounds of verification, and answers. Vision: clean drawings of scenes that cannot be guessed,
+to be transcribed; puzzles as text stay in the mix, so that they are not forgotten. Both tasks share one base. It knows
+what each tag is for, as a real VLM would, but it has never reasoned about an image nor seen a drawing as hard as the
+study's: that is what post-training adds. This models how a real VLM enters post-training; it is a model, not the thing.
 """
 
 import itertools
@@ -32,10 +32,11 @@ TRANSCRIBE = "Transcribe the image."
 TEXT_SHARE = 0.25  # of the vision stage that stays text
 
 
-def puzzles_in_words(p: Params, name: str, seed: int) -> Dataset:
-    """Puzzles as text. Every other one is told in words and restated as JSON, the rest are JSON from the start.
+def puzzles_as_text(p: Params, name: str, seed: int) -> Dataset:
+    """Puzzles as text: every other one told in words and restated as JSON, the rest JSON from the start.
 
-    With words alone the reasoning would look things up there, and be lost without them.
+    From words alone the reasoning would learn to look things up in the wording, and fail where only JSON is given, as
+    in a response of the study.
     """
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
@@ -77,28 +78,28 @@ def train_base(p: Params, seed: int) -> Run:
     alone = p.model_copy(update={"lora_rank": 0, "trained_parts": parts, "threads": p.threads * p.workers})
     if vision.done:
         return vision
-    words = concatenate_datasets([puzzles_in_words(p, name, seed) for name in p.tasks])
+    texts = concatenate_datasets([puzzles_as_text(p, name, seed) for name in p.tasks])
     if not language.done:
-        processor = models.build_processor([*words["query"], *words["response"], *_vocabulary(p, seed)], p)
+        processor = models.build_processor([*texts["query"], *texts["response"], *_vocabulary(p, seed)], p)
         model = models.build_model(processor, p, seed)
         schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
-        schedule |= {"seed": seed, "optimizer": muon(model, p.language_lr)}
-        fit(language, "base: language", model, processor, words, TokenAveraged(), alone, **schedule)
+        schedule |= {"seed": seed, "optimizer": muon}
+        fit(language, "base: language", model, processor, texts, TokenAveraged(), alone, **schedule)
         language.finish()
     model, processor = models.load(language.checkpoint)
     drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
     share = round(len(drawings) * TEXT_SHARE / (1 - TEXT_SHARE))
-    kept = words.shuffle(seed=seed).select(range(min(share, len(words))))
+    kept = texts.shuffle(seed=seed).select(range(min(share, len(texts))))
     mixed = concatenate_datasets([drawings, kept])
     schedule = {"steps": p.vision_steps, "lr": p.vision_lr, "batch": p.vision_batch}
-    schedule |= {"seed": seed, "optimizer": muon(model, p.vision_lr)}
+    schedule |= {"seed": seed, "optimizer": muon}
     fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, **schedule)
     vision.finish()
     return vision
 
 
 def muon(model: PreTrainedModel, lr: float) -> Muon:
-    """Muon for the hidden matrices, AdamW for all else: it learns to reason in half of AdamW's steps.
+    """Muon for the hidden matrices, AdamW for all else: it learns to reason in fewer steps than with AdamW alone.
 
     Muon (Jordan et al., 2024) steps along the orthogonalised momentum, scaled to the size of AdamW's steps (Liu et al.,
     arXiv 2502.16982), so that one learning rate serves both. It makes the base only: post-training has AdamW,

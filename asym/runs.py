@@ -37,7 +37,8 @@ from asym.params import ParamsError, digest
 if TYPE_CHECKING:
     import pandas as pd
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "scipy", "pandas")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "pytorch-optimizer", "torchjd")
+PACKAGES += ("datasets", "tokenizers", "numpy", "scipy", "pandas")
 
 
 def repo_root() -> Path:

@@ -10,7 +10,7 @@ the full pass needs to give only g_r.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -299,7 +299,7 @@ def fit(
     seed: int,
     accumulation: int = 1,
     snapshots: dict[int, Run] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Callable[[PreTrainedModel, float], torch.optim.Optimizer] | None = None,
 ) -> None:
     """Train (linear decay, 5 % warm-up, gradients clipped at norm 1; AdamW unless told otherwise); resumes by itself.
 
@@ -331,7 +331,7 @@ def fit(
         data_collator=SegmentCollator(processor),
         peft_config=models.prepare_training(model, p),
         balance=balance,
-        optimizers=(optimizer, None),
+        optimizers=(optimizer and optimizer(model, lr), None),
         callbacks=[ProgressCallback(label), SnapshotCallback(snapshots or {}, processor)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -5,9 +5,10 @@ import torch
 
 from asym import base as stages
 from asym import models
-from asym.base import muon, own_format, puzzles_in_words, scenes
-from asym.data import load_split
-from asym.transcript import prefill, split
+from asym.base import muon, own_format, puzzles_as_text, scenes
+from asym.data import load_split, problems, task_of
+from asym.scoring import score
+from asym.transcript import prefill
 
 TASKS = ("sudoku", "graph_coloring")
 
@@ -22,13 +23,15 @@ def test_own_format_reports_the_base_on_its_own_exercises(tiny, base, root):
 @pytest.mark.parametrize("name", TASKS)
 def test_responses_as_trained_score_full_marks_in_the_own_format(tiny, base, root, name, monkeypatch):
     p = tiny(n_train_base=12, verbosity=0)
-    told, shown = puzzles_in_words(p, name, 0), scenes(p, name, 0)
-    for index, row in enumerate(told):
-        given, response = row["query"].split(": ", 1)[1], row["response"]
-        seen, rest = (given, response) if index % 2 else response.split("\n", 1)
-        assert split(prefill(seen) + rest).failure == ""
-        assert split(prefill(seen) + rest).perception == seen
-    assert all(row.startswith("<perception>") for row in shown["response"])
+    told, shown = puzzles_as_text(p, name, 0), scenes(p, name, 0)
+    task = task_of(p, name)
+    for index, (row, problem) in enumerate(zip(told, problems(task, "train_base", 0), strict=False)):
+        mode = "puzzle_as_json" if index % 2 else "puzzle_in_words"
+        result = score(task, problem, stages._whole(task, mode, problem, row["response"]))
+        assert (result.a, result.a_p, result.parse_failure) == (1, 1, "")
+        assert row["query"] == (stages._as_json(task, problem) if index % 2 else task.describe(problem))
+    for row, scene in zip(shown, problems(task, "train_base", 0, scenes=True), strict=False):
+        assert row["response"] == f"<perception>{task.transcribe(scene)}</perception>"
 
     def perfect(model, processor, queries, images, **limits):
         right = load_split(p, name, "validation", 0)

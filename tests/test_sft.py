@@ -426,6 +426,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(tiny, base, 
     assert list(whole.metrics()["step"]) == [2, 4, 6]
 
 
+def test_an_interrupted_base_resumes_to_the_same_weights(tiny, root, monkeypatch):
+    p = tiny(language_steps=4, vision_steps=2)
+    monkeypatch.setattr(sft, "SAVE_EVERY", 2)
+    monkeypatch.setattr("asym.base.repo_root", lambda: root / "whole")
+    whole = train_base(p, 0)
+    monkeypatch.setattr("asym.base.repo_root", lambda: root / "cut")
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=3)
+        with pytest.raises(KeyboardInterrupt):
+            train_base(p, 0)
+    (half,) = (root / "cut" / "runs").glob("base-language-*")
+    assert [path.name for path in half.glob("trainer/checkpoint-*")] == ["checkpoint-2"]
+    resumed = train_base(p, 0)
+    one, other = (load_file(run.checkpoint / "model.safetensors") for run in (whole, resumed))
+    assert_same(one, other, atol=0, rtol=0)
+
+
 def test_a_finished_arm_is_reused_and_what_determines_it_names_its_folder(tiny, base, root, monkeypatch):
     run = train_arm(tiny(), base, "sudoku", "lambda_0.5", 0)
     assert sorted(path.name for path in run.folder.iterdir()) == [

@@ -323,41 +323,49 @@ def test_verbosity_lengthens_at_equal_content(task, variation):
             assert all(word in rest for word in short)  # the shorter trace is left when words are taken away
 
 
-@all_tasks
+def rounds_of(task, problem, k: int, variation: float) -> tuple[tuple, list[str]]:
+    """The solution that a trace arrives at, and its three rounds of verification."""
+    reasoning, answer = task.explain(problem, Random(k), 3, variation)
+    first, *rounds = re.split(r" round \d+\. ", reasoning)
+    assert first == task.explain(problem, Random(k), 0, variation)[0]
+    assert len(rounds) == 3
+    return task.parse_answer(answer, problem), rounds
+
+
 @pytest.mark.parametrize("variation", [0.0, 1.0])
-def test_every_round_verifies_everything_once(task, variation):
+@pytest.mark.parametrize("task", TASKS[::2], ids=IDS[::2])
+def test_every_round_of_a_sudoku_verifies_every_unit_once(task, variation):
+    names = {word: kind for kind, words in _UNITS.items() for word in words}
+    n = task.size
+    blocks = {kind: units(n)[k * n : (k + 1) * n] for k, kind in enumerate(_UNITS)}
     for k, problem in enumerate(some(task, 10)):
-        reasoning, answer = task.explain(problem, Random(k), 3, variation)
-        solution = task.parse_answer(answer, problem)
-        first, *rounds = re.split(r" round \d+\. ", reasoning)
-        assert first == task.explain(problem, Random(k), 0, variation)[0]
-        assert len(rounds) == 3
+        solution, rounds = rounds_of(task, problem, k, variation)
+        held = {
+            (kind, index + 1): [solution[r][c] for r, c in unit]
+            for kind, block in blocks.items()
+            for index, unit in enumerate(block)
+        }
         for lines in rounds:
-            if task.name == "sudoku":
-                stated = re.findall(r"([a-z]+) (\d+): ([\d ]+),", lines)
-                names = {word: kind for kind, words in _UNITS.items() for word in words}
-                said = {
-                    (names[word], int(index) - 1): [int(d) for d in digits.split()] for word, index, digits in stated
-                }
-                n = len(problem)
-                blocks = {kind: units(n)[k * n : (k + 1) * n] for k, kind in enumerate(_UNITS)}
-                assert len(stated) == 3 * n
-                assert said == {
-                    (kind, index): [solution[r][c] for r, c in unit]
-                    for kind, block in blocks.items()
-                    for index, unit in enumerate(block)
-                }
-            else:
-                edges = re.findall(r"(\d+) (\d+): ([a-z]) ([a-z]),", lines)
-                assert sorted((int(u), int(v)) for u, v, *_ in edges) == list(problem.edges)
-                assert all((solution[int(u)], solution[int(v)]) == (a, b) for u, v, a, b in edges)
-                vertices = re.findall(r"(\d+): [a-z]+((?: \d+ [a-z])+| none), (\d+) ([a-z]),", lines)
-                assert sorted(int(v) for v, *_ in vertices) == list(range(problem.n))
-                for vertex, near, again, color in vertices:
-                    assert (again, solution[int(vertex)]) == (vertex, color)
-                    assert {(int(u), c) for u, c in re.findall(r"(\d+) ([a-z])", near)} == {
-                        (u, solution[u]) for u in problem.neighbours[int(vertex)]
-                    }
+            stated = re.findall(r"([a-z]+) (\d+): ([\d ]+),", lines)
+            assert len(stated) == 3 * n
+            assert {(names[word], int(at)): [int(d) for d in digits.split()] for word, at, digits in stated} == held
+
+
+@pytest.mark.parametrize("variation", [0.0, 1.0])
+@pytest.mark.parametrize("task", TASKS[1::2], ids=IDS[1::2])
+def test_every_round_of_a_coloring_verifies_every_vertex_and_edge_once(task, variation):
+    for k, graph in enumerate(some(task, 10)):
+        solution, rounds = rounds_of(task, graph, k, variation)
+        for lines in rounds:
+            edges = re.findall(r"(\d+) (\d+): ([a-z]) ([a-z]),", lines)
+            assert sorted((int(u), int(v)) for u, v, *_ in edges) == list(graph.edges)
+            assert all((solution[int(u)], solution[int(v)]) == (a, b) for u, v, a, b in edges)
+            vertices = re.findall(r"(\d+): [a-z]+((?: \d+ [a-z])+| none), (\d+) ([a-z]),", lines)
+            assert sorted(int(v) for v, *_ in vertices) == list(range(graph.n))
+            for vertex, near, again, color in vertices:
+                assert (again, solution[int(vertex)]) == (vertex, color)
+                neighbours = {(int(u), c) for u, c in re.findall(r"(\d+) ([a-z])", near)}
+                assert neighbours == {(u, solution[u]) for u in graph.neighbours[int(vertex)]}
 
 
 @all_tasks

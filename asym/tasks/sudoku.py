@@ -86,7 +86,7 @@ class Sudoku:
         return "Solve this sudoku: " + ", ".join(rows) + "."
 
     def explain(self, problem: Grid, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
-        """Cell by cell: the digits its row, column and box already hold, and the one that is left."""
+        """Cell by cell: what its row, column and box already hold, and the digit that is left; then the rounds."""
         return _Trace(problem, Variation(rng, variation), verbosity).write()
 
     def parse_perception(self, text: str, problem: Grid) -> Grid:
@@ -304,11 +304,10 @@ class _Trace:
 
     def verify(self) -> Iterator[str]:
         """Every unit of the finished grid, once more."""
-        for kind in self.choices.order(_UNITS):
-            first = list(_UNITS).index(kind) * self.n
+        for block, kind in self.choices.order(enumerate(_UNITS)):
             for k in self.choices.walk(range(self.n)):
                 name = f"{self.choices.pick(OPENERS)} {self.choices.pick(_UNITS[kind])} {k + 1}"
-                digits = " ".join(str(self.cells[r][c]) for r, c in units(self.n)[first + k])
+                digits = " ".join(str(self.cells[r][c]) for r, c in units(self.n)[block * self.n + k])
                 yield f"{name}: {digits}, {self.choices.pick(FINE)}."
 
     def place(self, cell: tuple[int, int], digit: int) -> Iterator[str]:

@@ -43,10 +43,11 @@ class Task(Protocol):
         """p*: the canonical text of what the image shows."""
 
     def describe(self, problem: Any) -> str:
-        """The problem in words, another surface form than p*: what the language stage reads."""
+        """The problem in words, another surface form than p*: what half of the language stage reads."""
 
     def explain(self, problem: Any, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
-        """A chain of thought from the exact solution path, and the answer it arrives at."""
+        """A chain of thought from the exact solution path, at its end `verbosity` rounds that verify the solution, and
+        the answer it arrives at. `variation`: see `Variation`."""
 
     def parse_perception(self, text: str, problem: Any) -> Any:
         """What a response says it sees; `problem` gives only what the image's frame fixes (its size)."""
@@ -121,7 +122,7 @@ class Variation:
         return self.rng.sample(items, len(items)) if self._free() else items
 
     def walk(self, items) -> list:
-        """The items, forwards or backwards: which one comes next can be told from the last."""
+        """The items, forwards or backwards, so that each tells which comes next."""
         return self.pick((list(items), list(items)[::-1]))
 
     def happens(self, remark: str, rate: float) -> bool:
