@@ -521,12 +521,12 @@ def test_a_lora_arm_trains_its_adapter_alone_and_reloads_merged(tiny, base, root
     assert "model.language_model.embed_tokens.weight" not in changed
 
 
-def test_the_base_is_one_model_for_both_tasks_and_saw_no_response_format(base):
+def test_the_base_is_one_model_for_both_tasks(base):
     assert base.done
     assert base.config["tasks"] == ["sudoku", "graph_coloring"]
     assert {path.name.rsplit("-", 1)[0] for path in Path(base.folder).parent.iterdir()} == {"base", "base-language"}
     assert len(base.metrics()) == 1
-    assert base.metrics()["token_share"].tolist() == [0.0]
+    assert 0 < base.metrics()["token_share"].item() < 1  # it transcribes, and goes on reading puzzles as text
 
 
 def test_a_stage_of_no_steps_leaves_the_weights_as_they_were(tiny, root):
