@@ -53,6 +53,20 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
+def drawing():
+    """Figures in the study's style, drawn without a screen, and closed after the test."""
+    import matplotlib.pyplot as plt
+
+    from asym import figures
+
+    plt.switch_backend("Agg")
+    with plt.rc_context():
+        figures.style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
 def vlm(base):
     """(model, processor) of the tiny base, fresh for every test."""
     from asym import models

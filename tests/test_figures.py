@@ -1,5 +1,3 @@
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,18 +7,10 @@ from synthetic import responses, split
 
 from asym import claims, coupling, figures, stats
 
-matplotlib.use("Agg")
+pytestmark = pytest.mark.usefixtures("drawing")
 
 SFT = {"base": (0.2, 0.1), "ngdiff": (0.9, 0.8), "lambda_0.5": (0.8, 0.8), "token_averaged": (0.4, 0.9)}
 TASKS = ["sudoku", "graph_coloring"]
-
-
-@pytest.fixture(autouse=True)
-def drawing():
-    with plt.rc_context():
-        figures.style()
-        yield
-    plt.close("all")
 
 
 def evaluated(tasks=TASKS, arms=SFT, **options) -> pd.DataFrame:

@@ -1,5 +1,3 @@
-import matplotlib
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from synthetic import responses
@@ -8,15 +6,7 @@ from test_figures import TASKS, line, texts
 from asym import figures, trends
 from asym.imbalance import dose_response
 
-matplotlib.use("Agg")
-
-
-@pytest.fixture(autouse=True)
-def drawing():
-    with plt.rc_context():
-        figures.style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("drawing")
 
 
 @pytest.fixture

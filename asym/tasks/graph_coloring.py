@@ -94,7 +94,7 @@ class GraphColoring:
         return f"Color this graph of {problem.n}: " + ", ".join(edges or ["no edges"]) + "."
 
     def explain(self, problem: Graph, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
-        """A largest clique says how many colors are needed at least, then vertex by vertex the first free one."""
+        """The colors a largest clique needs, then vertex by vertex the first free color; then the rounds."""
         choices = Variation(rng, variation)
         order, lines = _greedy_order(problem, choices), []
         colors: dict[int, str] = {}

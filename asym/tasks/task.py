@@ -47,7 +47,8 @@ class Task(Protocol):
 
     def explain(self, problem: Any, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
         """A chain of thought from the exact solution path, at its end `verbosity` rounds that verify the solution, and
-        the answer it arrives at. `variation`: see `Variation`."""
+        the answer it arrives at. `variation`: see `Variation`.
+        """
 
     def parse_perception(self, text: str, problem: Any) -> Any:
         """What a response says it sees; `problem` gives only what the image's frame fixes (its size)."""
