@@ -117,9 +117,6 @@ class GraphColoring:
                 line += f", {choices.pick(SO)} {wrong}? no, near {wrong}"
             lines.append(f"{line}, {choices.pick(SO)} {vertex} {color}.")
             colors[vertex] = color
-        for u, v in choices.order(problem.edges):
-            if choices.happens("check", 0.3):
-                lines.append(f"check {u} {v}: {colors[u]} {colors[v]}, {choices.pick(FINE)}.")
         for count in range(1, verbosity + 1):
             lines.extend([f"round {count}.", *_verify(problem, colors, choices)])
         return " ".join(lines), json.dumps([colors[vertex] for vertex in range(problem.n)])

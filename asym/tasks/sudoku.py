@@ -256,7 +256,7 @@ class _Trace:
             waiting = [cell for cell in blanks if cell not in ready]
             if waiting and self.choices.happens("look", 0.2):
                 lines.append(self.look(self.choices.pick(waiting)))
-            lines.extend(self.step(self.choices.pick(ready)) if ready else self.trial(self.choices.pick(blanks)))
+            lines.append(self.step(self.choices.pick(ready)) if ready else self.trial(self.choices.pick(blanks)))
         for count in range(1, self.verbosity + 1):
             lines.extend([f"round {count}.", *self.verify()])
         return " ".join(lines), json.dumps(self.cells)
@@ -285,22 +285,23 @@ class _Trace:
     def look(self, cell: tuple[int, int]) -> str:
         return f"{self.evidence(cell)}, {self.choices.pick(('open', 'not yet', 'later'))}."
 
-    def step(self, cell: tuple[int, int]) -> Iterator[str]:
-        digit = self.options(cell)[0]
+    def step(self, cell: tuple[int, int]) -> str:
+        (r, c), (digit,) = cell, self.options(cell)
         line = self.evidence(cell)
         if self.choices.happens("slip", 0.06):  # a mistake, noticed and mended
             kind = self.choices.pick([kind for kind in _UNITS if self.held(cell, kind)])
             wrong = self.choices.pick(self.held(cell, kind))
             line += f", {self.choices.pick(SO)} {wrong}? no, {kind} has {wrong}"
-        yield f"{line}, {self.choices.pick(SO)} {_cell(cell)} {digit}."
-        yield from self.place(cell, digit)
+        self.cells[r][c] = digit
+        return f"{line}, {self.choices.pick(SO)} {_cell(cell)} {digit}."
 
-    def trial(self, cell: tuple[int, int]) -> Iterator[str]:
+    def trial(self, cell: tuple[int, int]) -> str:
         """No cell is settled by its own units: try the options, as one does on paper."""
-        digit = self.solution[cell[0]][cell[1]]
+        r, c = cell
         options = " ".join(map(str, self.options(cell)))
-        yield f"{self.evidence(cell)}, open {options}, by trial {_cell(cell)} {digit}."
-        yield from self.place(cell, digit)
+        line = f"{self.evidence(cell)}, open {options}, by trial {_cell(cell)} {self.solution[r][c]}."
+        self.cells[r][c] = self.solution[r][c]
+        return line
 
     def verify(self) -> Iterator[str]:
         """Every unit of the finished grid, once more."""
@@ -309,14 +310,6 @@ class _Trace:
                 name = f"{self.choices.pick(OPENERS)} {self.choices.pick(_UNITS[kind])} {k + 1}"
                 digits = " ".join(str(self.cells[r][c]) for r, c in units(self.n)[block * self.n + k])
                 yield f"{name}: {digits}, {self.choices.pick(FINE)}."
-
-    def place(self, cell: tuple[int, int], digit: int) -> Iterator[str]:
-        r, c = cell
-        self.cells[r][c] = digit
-        for kind, index in (("row", r), ("column", c)):
-            if len(self.held(cell, kind)) == self.n and self.choices.happens("check", 0.3):
-                digits = " ".join(map(str, self.held(cell, kind)))
-                yield f"check {kind} {index + 1}: {digits}, {self.choices.pick(FINE)}."
 
 
 def _cell(cell: tuple[int, int]) -> str:
