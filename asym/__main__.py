@@ -1,4 +1,5 @@
-"""The command line: `python -m asym run` executes a study, `bench` measures speed, `score` scores responses.
+"""The command line: `python -m asym run` executes a study, `screen` ranks label-free rewards on a checkpoint, `bench`
+measures speed, `score` scores responses.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
@@ -71,6 +72,17 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _screen(args: argparse.Namespace) -> int:
+    given = {"start_model": json.dumps(args.model), "tasks": json.dumps([args.task])}
+    p = Params.load(args.params, dict(args.set) | given)
+    from asym.rl import train_start
+    from asym.screen import screen
+
+    table = screen(p, train_start(p, None, args.task, p.seeds[0]), args.task)
+    print(table.drop(columns=["family", "seeds"]).round(3).to_string(index=False, na_rep=""))
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from asym.tasks import get_task
 
@@ -122,7 +134,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,bench,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,screen,bench,score}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
@@ -132,6 +144,18 @@ def _parser() -> argparse.ArgumentParser:
         help="replace parameters of the file; values as in YAML, such as lambdas=[0.1,0.5]",
     )  # fmt: skip
     run.set_defaults(command=_run)
+
+    screen = commands.add_parser(
+        "screen", help="rank label-free rewards", description=_SCREEN, formatter_class=_Verbatim
+    )
+    screen.add_argument("params", nargs="?", default="params/cpu.yaml", help="problems, drawings and limits are its")
+    screen.add_argument("--model", required=True, help="folder of a checkpoint that answers in the study's format")
+    screen.add_argument("--task", required=True, help="sudoku or graph_coloring")
+    screen.add_argument(
+        "--set", nargs="+", action="extend", type=_assignment, default=[], metavar="key=value",
+        help="replace parameters of the file, such as n_coupling=100 coupling_rollouts=16",
+    )  # fmt: skip
+    screen.set_defaults(command=_screen)
 
     bench = commands.add_parser(
         "bench", help="measure speed beside the stock trainers", description=_BENCH, formatter_class=_Verbatim
@@ -150,6 +174,10 @@ _Verbatim = argparse.RawDescriptionHelpFormatter
 _RUN = """\
 Execute the notebooks in order with the parameters of a file and write results/<study>/.
 Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
+_SCREEN = """\
+Sample rollouts of a checkpoint on RL training problems, score them with every label-free perception reward, and
+print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,
+for exact and graded perception, and its rank. A reward that does not vary has no r."""
 _BENCH = """\
 Measure training, rollouts, evaluation and data synthesis beside what one would otherwise run, in turns,
 print the table and write results/bench. Needs an idle machine, the extra [bench], and a quarter of an hour; more

@@ -1,10 +1,11 @@
 """The base: a small VLM with a strong language side and a weaker eye, made in the two stages of a real one.
 
 Language: puzzles as text, half told in words (the response first restates them as JSON), half JSON from the start; the
-response reasons, without rounds of verification, and answers. Vision: clean drawings of scenes that cannot be guessed,
-to be transcribed; puzzles as text stay in the mix, so that they are not forgotten. Both tasks share one base. It knows
-what each tag is for, as a real VLM would, but it has never reasoned about an image nor seen a drawing as hard as the
-study's: that is what post-training adds. This models how a real VLM enters post-training; it is a model, not the thing.
+response reasons, at times verifies the solution in one round, and answers. Vision: clean drawings of scenes that
+cannot be guessed, to be transcribed; puzzles as text stay in the mix, so that they are not forgotten. Both tasks share
+one base. It knows what each tag is for, as a real VLM would, but it has never reasoned about an image nor seen a
+drawing as hard as the study's: that is what post-training adds. This models how a real VLM enters post-training; it is
+a model, not the thing.
 """
 
 import itertools
@@ -36,12 +37,13 @@ def puzzles_as_text(p: Params, name: str, seed: int) -> Dataset:
     """Puzzles as text: every other one told in words and restated as JSON, the rest JSON from the start.
 
     From words alone the reasoning would learn to look things up in the wording, and fail where only JSON is given, as
-    in a response of the study.
+    in a response of the study. A quarter of either kind ends in one round of verification, so that SFT need not teach
+    what that is.
     """
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
-        reasoning, answer = task.explain(problem, rng, 0, p.variation)
+        reasoning, answer = task.explain(problem, rng, int(index % 8 > 5), p.variation)
         response = "\n".join((tagged("reasoning", reasoning), tagged("answer", answer)))
         if index % 2:
             rows.append({"query": _as_json(task, problem), "response": response})

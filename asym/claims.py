@@ -33,9 +33,10 @@ PAPER = {
     "C8": "up to +6.0",
     "C9": "up to +3.2",
     "X1": "not tested",
+    "X2": "not tested",
     "X3": "not tested",
 }  # "yes" for the others: stated without a figure
-CANDIDATES = ("solver_blindfold", "validity", "group_agreement")
+CANDIDATES = ("self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence")
 CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
 QUARTER = 25.0  # points: a share below one half by more than this is "far below"
@@ -194,6 +195,12 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
     yield "C10", rho if len(arms) >= 4 else replace(rho, low=np.nan, high=np.nan), 0.0
 
 
+def x2(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
+    """Span-routed credit beats the best mixed reward in a."""
+    routed = [arm for arm in ("span_routed",) if arm in set(rl_rows.arm)]
+    yield "X2", best_against(rl_rows, routed, mixtures(rl_rows, "alpha_"), resamples), 0.0
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 CLAIMS = (
@@ -208,6 +215,7 @@ CLAIMS = (
     (c9, "rl_rows"),
     (c10, "rl_rows", "screening"),
     (x1, "dose_rows"),
+    (x2, "rl_rows"),
     (x3, "sft_rows"),
 )
 

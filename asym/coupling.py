@@ -63,6 +63,30 @@ def coupling_table(
     return pd.DataFrame(records).rename(columns={"estimate": "r"}).round(6)
 
 
+def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
+    """Correlation of a with a_p and with a_r *across checkpoints*, each a point with its three accuracies.
+
+    `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. The interval
+    resamples problems, the checkpoints stay. Columns: task, family, pair, r, low, high, n (problems), checkpoints.
+    """
+    records = []
+    for (task, family), part in rows.groupby(["task", "family"]):
+        wide = {}
+        for measure in ("a", "a_p", "a_r"):
+            chosen = stats.select(part, measure)
+            wide[measure] = chosen.pivot_table("value", "problem_id", ["arm", "seed", "step"])
+        totals = np.stack([wide[measure].to_numpy() for measure in wide], axis=-1)[:, None]  # (problems, 1, K, 3)
+        for place, name in ((1, "perception"), (2, "reasoning")):
+
+            def correlation(sums, place=place):
+                a, half = (x - x.mean(-1, keepdims=True) for x in (sums[..., 0], sums[..., place]))
+                return (a * half).sum(-1) / np.sqrt((a**2).sum(-1) * (half**2).sum(-1))
+
+            estimate = asdict(stats.bootstrap(totals, correlation, resamples)) | {"seeds": totals.shape[2]}
+            records.append({"task": task, "family": family, "pair": f"outcome~{name}", **estimate})
+    return pd.DataFrame(records).rename(columns={"estimate": "r", "seeds": "checkpoints"})
+
+
 def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Estimate, stats.Estimate]:
     """corr(a, reasoning) − corr(a, a_p), pooled over rollouts with a column `reasoning`, and the same less the null's.
 

@@ -47,13 +47,15 @@ def complete(
         batch: completions written at once.
         copies: completions of each prompt.
         temperature: 0 decodes greedily.
-        seed: of the sampling; the same seed, batch size and machine give the same texts.
+        seed: of the sampling; the same seed, batch size and machine give the same texts. Greedy decoding draws nothing.
 
     Returns:
         Completion texts without special tokens: all of the first prompt, then all of the second, and so on.
     """
+    training = model.training
     model.eval()
-    torch.manual_seed(seed)
+    if temperature:
+        torch.manual_seed(seed)
     prefixes = prefixes or [""] * len(queries)
     limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "forbidden": image_token_ids(processor)}
     completions, prompts = [], max(1, batch // copies)
@@ -71,6 +73,7 @@ def complete(
             texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             completions += [prefix + text for prefix, text in zip(begun, texts, strict=True)]
             bar.update(len(texts))
+    model.train(training)  # a reward may ask in the middle of training
     return completions
 
 

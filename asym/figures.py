@@ -23,7 +23,7 @@ PERCEPTION, REASONING = (sns.color_palette("colorblind")[i] for i in (1, 0))
 END_TO_END, QUIET, SURROGATE = "#444444", "#8c8c8c", sns.color_palette("colorblind")[2]
 BARS = {"a_p": ("perception", PERCEPTION), "a_r": ("reasoning", REASONING), "a": ("end to end", END_TO_END)}
 TASKS = {"sudoku": "Sudoku", "graph_coloring": "Graph Coloring"}
-ARMS = {  # in the order they are drawn; the mixtures lambda_… and alpha_… follow the arm before them here
+ARMS = {  # in the order they are drawn; the mixtures of `GREEK` follow the arm before them here
     "base": "base",
     "start": "start",
     "token_averaged": "token-averaged",
@@ -32,12 +32,18 @@ ARMS = {  # in the order they are drawn; the mixtures lambda_… and alpha_… f
     "uncertainty": "uncertainty",
     "pcgrad": "PCGrad",
     "perception_first": "perception first",
+    "self_blindfold": "self-blindfold",
     "solver_blindfold": "solver-blindfold",
     "validity": "validity",
     "group_agreement": "group agreement",
+    "image_dependence": "image dependence",
     "answer_consistency": "answer consistency",
+    "span_routed": "span-routed",
 }
-GREEK = {"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")}
+GREEK = {
+    **{"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")},
+    **{"graded_": ("graded α", "outcome"), "reweighted_": ("re-weighted λ", "span_routed")},
+}
 
 
 def style() -> None:
@@ -71,8 +77,8 @@ def ordered(arms) -> list[str]:
     def key(arm):
         for prefix, (_, before) in GREEK.items():
             if arm.startswith(prefix):
-                return place.index(before) + 0.5, float(arm.removeprefix(prefix)), arm
-        return place.index(arm) if arm in place else len(place), 0.0, arm
+                return place.index(before) + 0.5, list(GREEK).index(prefix), float(arm.removeprefix(prefix))
+        return place.index(arm) if arm in place else len(place), 0, arm
 
     return sorted(set(arms), key=key)
 
@@ -337,6 +343,7 @@ CLAIMS = {
     "C9": "best surrogate − outcome only",
     "C10": "ρ of screening and gain",
     "X1": "gap, longest reasoning − shortest",
+    "X2": "span-routed − best α",
     "X3": "NGDiff − perception first",
 }
 

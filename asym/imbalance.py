@@ -69,9 +69,13 @@ SHARES = ("token_share", "loss_share", "gradient_share")
 def doses(p: Params) -> dict[tuple[str, float], Params]:
     """The study at other levels of one knob, by (axis, level): how long, how free, how hard to see."""
     levels = {"length": p.dose_verbosity, "entropy": p.dose_variation, "difficulty": p.dose_difficulty}
-    return {
-        (axis, level): p.model_copy(update=dict.fromkeys(AXES[axis], level)) for axis in AXES for level in levels[axis]
-    }
+    found = {}
+    for axis, level in [(axis, level) for axis, values in levels.items() for level in values]:
+        changed = dict.fromkeys(AXES[axis], level)
+        if axis == "length" and level > p.verbosity:  # a longer response needs more room
+            changed["max_new_tokens"] = p.max_new_tokens * (1 + level) // (1 + p.verbosity)
+        found[axis, level] = p.model_copy(update=changed)
+    return found
 
 
 def path_shares(metrics: pd.DataFrame) -> pd.DataFrame:

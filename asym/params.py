@@ -44,7 +44,11 @@ Task = Literal["sudoku", "graph_coloring"]
 Verbosity = Annotated[int, Field(ge=0, le=64)]
 Baseline = Literal["uncertainty", "pcgrad", "perception_first"]
 Part = Literal["language", "projector", "vision"]
-Surrogate = Literal["solver_blindfold", "validity", "group_agreement", "answer_consistency"]
+Surrogate = Literal[
+    "self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence", "answer_consistency"
+]
+
+CREDITS = r"span_routed|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
 
 
 class Params(BaseModel):
@@ -113,6 +117,7 @@ class Params(BaseModel):
         ["uncertainty", "pcgrad", "perception_first"], description="further SFT arms: how others balance losses"
     )
     curve_every: Natural = Field(2, description="SFT steps from one measurement of accuracy to the next; 0 for none")
+    long_steps: Natural = Field(6, description="SFT steps of one longer token-averaged run a task; 0 for none")
     lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
 
     # Dose and response: SFT again at other levels of one knob, the others left alone; [] leaves an axis out
@@ -121,6 +126,9 @@ class Params(BaseModel):
     dose_difficulty: list[Share] = Field([], description="levels of the drawings' difficulty")
 
     # RL
+    start_model: str = Field(
+        "", description="folder of a checkpoint of your own that RL starts from; '' for an SFT arm"
+    )
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
     rl_start_steps: Count = Field(4, description="SFT steps of the checkpoint that RL starts from")
     rl_steps: Count = Field(2, description="steps of every RL arm")
@@ -130,15 +138,18 @@ class Params(BaseModel):
     rl_temperature: Rate = Field(1.0, description="sampling temperature of RL")
     rl_beta: NonNegative = Field(0.0, description="weight of the KL penalty")
     alphas: list[PositiveShare] = Field([0.5], min_length=1, description="weights of a_p in the reward, an RL arm each")
+    graded_alphas: list[PositiveShare] = Field([], description="the same with graded a_p")
     surrogates: list[Surrogate] = Field(
         ["solver_blindfold"], min_length=1, description="label-free perception rewards, an RL arm each"
     )
     surrogate_alpha: PositiveShare = Field(0.5, description="weight of the surrogate in its RL arm")
+    credits: list[str] = Field([], description="RL arms span_routed and reweighted_λ: who gets the credit")
 
     # Measuring
     max_new_tokens: Count = Field(64, description="longest response in tokens")
     n_coupling: Count = Field(8, description="problems for measuring reward coupling")
     coupling_rollouts: int = Field(4, ge=2, description="rollouts per problem for measuring reward coupling")
+    n_gradient: Count = Field(4, description="of these, problems whose policy gradients are compared")
     eval_batch: Count = Field(256, description="responses generated at once")
     bootstrap: Count = Field(1000, description="bootstrap resamples of an interval")
 
@@ -161,7 +172,9 @@ class Params(BaseModel):
         "dose_variation",
         "dose_difficulty",
         "alphas",
+        "graded_alphas",
         "surrogates",
+        "credits",
     )
     @classmethod
     def _distinct(cls, value: list) -> list:
@@ -174,7 +187,7 @@ class Params(BaseModel):
     def _in_one_order(cls, value: list) -> list:
         return sorted(value)  # the same parts are the same training
 
-    @field_validator("lambdas", "alphas")
+    @field_validator("lambdas", "alphas", "graded_alphas")
     @classmethod
     def _nameable(cls, value: list[float]) -> list[float]:
         if any(round(item, 4) != item for item in value):
@@ -224,6 +237,13 @@ class Params(BaseModel):
     def _sft_arm(cls, value: str) -> str:
         if not re.fullmatch(r"token_averaged|ngdiff|lambda_(0|1|0\.\d*[1-9])", value):
             raise ValueError("must be token_averaged, ngdiff or lambda_ with a number from 0 to 1, such as lambda_0.5")
+        return value
+
+    @field_validator("credits")
+    @classmethod
+    def _credit_arms(cls, value: list[str]) -> list[str]:
+        if not all(re.fullmatch(CREDITS, arm) for arm in value):
+            raise ValueError("must hold span_routed, or reweighted_ with a number from 0 to 1, such as reweighted_0.5")
         return value
 
     @classmethod

@@ -2,17 +2,18 @@
 
 Every reward takes the task, one problem per response, and the responses, and returns one number in [0, 1] per response.
 The first four need the ground truth of perception or answer; the rest are *surrogates* for the perception reward that
-need no perception labels.
+need no perception labels. Two more surrogates ask the model itself: `self_rewards.py`.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
+from asym.params import Surrogate
 from asym.scoring import read, score
 from asym.tasks import Task
 
@@ -92,15 +93,19 @@ def with_surrogates(task: Task, rollouts: pd.DataFrame) -> pd.DataFrame:
 
 
 def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
-    """What an RL arm trains, R = α·r + (1 − α)·a, as reward name → weight; all others are logged at weight 0.
+    """What an RL arm is paid, R = α·r + (1 − α)·a, as reward name → weight; all others are logged at weight 0.
 
-    Raises ValueError on an arm that is not `outcome`, `alpha_<number>` or a surrogate.
+    Arms: `outcome`; `alpha_<α>` and `graded_<α>` with exact and graded perception; the surrogates; `reweighted_<λ>`,
+    paid the outcome; `span_routed`, where either reward is paid in full, to its own tokens (`credit.py`).
+    Raises ValueError on any other.
     """
-    if arm == "outcome":
+    if arm == "outcome" or re.fullmatch(r"reweighted_([01]|0\.\d+)", arm):
         return {"outcome": 1.0}
-    if re.fullmatch(r"alpha_([01]|0\.\d+)", arm):
-        alpha = float(arm.removeprefix("alpha_"))
-        return {"perception": alpha, "outcome": 1 - alpha}
-    if arm in {surrogate.__name__ for surrogate in SURROGATES}:
+    if arm == "span_routed":
+        return {"perception": 1.0, "outcome": 1.0}
+    if match := re.fullmatch(r"(alpha|graded)_([01]|0\.\d+)", arm):
+        alpha = float(match[2])
+        return {"perception" if match[1] == "alpha" else "perception_graded": alpha, "outcome": 1 - alpha}
+    if arm in get_args(Surrogate):
         return {arm: surrogate_alpha, "outcome": 1 - surrogate_alpha}
-    raise ValueError(f"unknown RL arm {arm!r}: allowed are outcome, alpha_<0..1> and the surrogates")
+    raise ValueError(f"unknown RL arm {arm!r}")

@@ -2,12 +2,15 @@
 
 Stated choices, the same for every arm: on-policy (one update per batch of rollouts), advantages normalised within the
 prompt group, token-level loss over the batch ("dapo"), clipping at 0.2 (which an on-policy step never reaches), and the
-temperature, KL weight and group size of the parameters; a constant learning rate, gradients clipped at norm 1.
+temperature, KL weight and group size of the parameters; a constant learning rate, gradients clipped at norm 1. Arms
+differ in what they are paid for (`rewards.weights_of`), two also in which tokens get the credit (`credit.py`).
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from math import nan
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -17,13 +20,14 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from asym import models, sft
+from asym import credit, models, sft
 from asym.data import load_split, task_of
 from asym.decode import decode, known
 from asym.models import image_token_ids
-from asym.params import Params
+from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, repo_root, write_csv, write_parquet
+from asym.self_rewards import SELF_REWARDS, Policy
 from asym.sft import TRAINING, ProgressCallback, threads
 from asym.tasks import Task
 
@@ -37,7 +41,12 @@ class RolloutTrainer(GRPOTrainer):
     Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
     together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
     temperature, other generation back ends and sharded weights take TRL's own way.
+
+    Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit.
     """
+
+    rollouts: Path
+    arm = "outcome"
 
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
@@ -100,8 +109,26 @@ class RolloutTrainer(GRPOTrainer):
         logps, entropies = (None if each[0] is None else torch.cat(each)[back] for each in zip(*found, strict=True))
         return logps, entropies, None
 
+    def _calculate_rewards(self, *args):
+        self._rewards = super()._calculate_rewards(*args)  # (B, rewards), of all processes
+        return self._rewards
+
+    def _token_advantages(self, output) -> torch.Tensor:
+        """The advantage of every token (B, T) in the arms of `credit.py`."""
+        ids, written = output["completion_ids"], output["completion_mask"].bool()
+        seen, weight = credit.perception_mask(self._tokenizer, ids) & written, credit.weight_of(self.arm)
+        if weight is not None:
+            n_p, n = self.accelerator.reduce(torch.stack([seen.sum(), written.sum()])).tolist()
+            return credit.reweighted(weight, seen, output["advantages"], n_p, n)
+        first = self.accelerator.process_index * len(ids)
+        paid = [self._rewards[:, self.reward_func_names.index(name)] for name in ("perception", "outcome")]
+        paid = [credit.group_advantages(rewards, self.num_generations)[first : first + len(ids)] for rewards in paid]
+        return credit.routed(seen, *paid)
+
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
+        if re.fullmatch(CREDITS, self.arm):
+            output["advantages"] = self._token_advantages(output)
         table = pd.DataFrame(
             {
                 "step": self.state.global_step,
@@ -117,12 +144,13 @@ class RolloutTrainer(GRPOTrainer):
         return output
 
 
-def as_trl(reward: Reward, task: Task) -> Callable[..., list[float]]:
-    """A reward in TRL's calling convention; TRL logs it under the function's name."""
+def as_trl(reward: Reward, task: Task, policy: Policy | None = None) -> Callable[..., list[float]]:
+    """A reward in TRL's calling convention, one of `SELF_REWARDS` with its policy; TRL logs it under its name."""
 
-    def function(completions, ground_truth, **_):
+    def function(completions, ground_truth, query, image, **_):
         problems = [task.problem(row) for row in ground_truth]
-        return reward(task, problems, [messages[0]["content"] for messages in completions])
+        texts = [messages[0]["content"] for messages in completions]
+        return reward(task, problems, texts, *((query, image, policy) if policy else ()))
 
     function.__name__ = reward.__name__
     return function
@@ -130,12 +158,30 @@ def as_trl(reward: Reward, task: Task) -> Callable[..., list[float]]:
 
 def arms(p: Params) -> list[str]:
     """The RL arms of a study."""
-    return ["outcome", *(f"alpha_{value:g}" for value in p.alphas), *p.surrogates]
+    mixed = [
+        f"{name}_{value:g}" for name, values in (("alpha", p.alphas), ("graded", p.graded_alphas)) for value in values
+    ]
+    return ["outcome", *mixed, *p.surrogates, *p.credits]
 
 
-def train_start(p: Params, base: Run, task: str, seed: int) -> Run:
-    """The SFT checkpoint that every RL arm of a task starts from."""
-    return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
+def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
+    """The checkpoint that every RL arm of a task starts from: an SFT arm from `base`, or `p.start_model`.
+
+    Raises ParamsError if `p.start_model` is no checkpoint.
+    """
+    if not p.start_model:
+        return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
+    folder = Path(p.start_model).expanduser().resolve()
+    found = sorted(folder.glob("*config.json"))
+    if not {"config.json", "adapter_config.json"} & {path.name for path in found}:
+        raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
+    run = Run.open(repo_root(), "model", {"folder": str(folder), "files": files})  # its hash names it in later runs
+    with run.locked():
+        if not run.done:
+            run.checkpoint.symlink_to(folder)
+            run.finish()
+    return run
 
 
 def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
@@ -158,6 +204,9 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
 def _train(p: Params, start: Run, run: Run) -> None:
     task, arm, seed, weights = (run.config[key] for key in ("task", "arm", "seed", "weights"))
     model, processor = models.load(start.checkpoint)
+    policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
+    asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
+    rewards = [*REWARDS, *asked]
     arguments = GRPOConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=p.rl_steps,
@@ -171,7 +220,7 @@ def _train(p: Params, start: Run, run: Run) -> None:
         loss_type="dapo",
         epsilon=0.2,
         scale_rewards="group",
-        reward_weights=[weights.get(reward.__name__, 0.0) for reward in REWARDS],
+        reward_weights=[weights.get(reward.__name__, 0.0) for reward in rewards],
         generation_kwargs={"suppress_tokens": image_token_ids(processor)},
         logging_steps=1,
         save_steps=SAVE_EVERY,
@@ -182,19 +231,19 @@ def _train(p: Params, start: Run, run: Run) -> None:
     trainer = RolloutTrainer(
         model=model,
         args=arguments,
-        reward_funcs=[as_trl(reward, task_of(p, task)) for reward in REWARDS],
+        reward_funcs=[as_trl(reward, task_of(p, task), policy if reward in asked else None) for reward in rewards],
         train_dataset=prompts(load_split(p, task, "train_rl", seed)),
         processing_class=processor,
         peft_config=models.prepare_training(model, p),
         callbacks=[ProgressCallback(f"RL {task} {arm}")],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.rollouts = run.folder / "rollouts"
+    trainer.rollouts, trainer.arm = run.folder / "rollouts", arm
     torch.manual_seed(seed)
     with threads(p.threads):
         trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
     models.save(trainer.model, processor, run.checkpoint)
-    names = {f"rewards/{reward.__name__}/mean": f"reward_{reward.__name__}" for reward in REWARDS}
+    names = {f"rewards/{reward.__name__}/mean": f"reward_{reward.__name__}" for reward in rewards}
     names |= {"reward": "reward", "entropy": "entropy", "completions/mean_length": "mean_length", "kl": "kl"}
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     columns = [{"step": entry["step"]} | {new: entry.get(old, nan) for old, new in names.items()} for entry in log]
@@ -208,5 +257,5 @@ def _train(p: Params, start: Run, run: Run) -> None:
 
 def prompts(data: Dataset) -> Dataset:
     """The split as GRPO reads it: conversational prompts beside the image and what the rewards need."""
-    kept = data.select_columns(["problem_id", "image", "ground_truth"])
+    kept = data.select_columns(["problem_id", "query", "image", "ground_truth"])
     return kept.add_column("prompt", [[{"role": "user", "content": query}] for query in data["query"]])

@@ -84,7 +84,7 @@ class Run:
     def open(cls, root: Path, name: str, config: dict[str, Any]) -> "Run":
         """The run <root>/runs/<name>-<digest of config>, made if new. `config` must be plain JSON values."""
         run = cls(Path(os.environ.get("ASYM_RUNS", root / "runs")) / f"{name}-{digest(config)}", config)
-        if run.done and read_manifest(run.folder).get("code") != _code():
+        if run.done and read_manifest(run.folder).get("code") != _code(name.partition("-")[0]):
             warnings.warn(f"{run.folder} was made by other code; delete it to make it anew", stacklevel=2)
         write_json(run.folder / "config.json", config)
         return run
@@ -119,7 +119,8 @@ class Run:
         """Write the manifest, with the wall time since `open` and the hash of every file kept, then DONE."""
         kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
         kept = [path for path in kept if path.relative_to(self.folder).parts[0] not in ("trainer", "manifest.json")]
-        about = manifest(self.config, time.monotonic() - self.started, kept, self.folder) | {"code": _code()}
+        about = manifest(self.config, time.monotonic() - self.started, kept, self.folder)
+        about["code"] = _code(self.folder.name.partition("-")[0])
         write_json(self.folder / "manifest.json", about | manifest_extra)
         write_text(self.folder / "DONE", "")
 
@@ -150,11 +151,26 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 
 
 @cache
-def _code() -> str:
-    """The hash of all sources of `asym` that a run depends on: those that neither draw nor judge nor drive."""
+def _code(kind: str) -> str:
+    """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl) depend on."""
+    others = {
+        "__main__",
+        "bench",
+        "claims",
+        "coupling",
+        "figures",
+        "growth",
+        "imbalance",
+        "parallel",
+        "params",
+        "stats",
+    }
+    others |= {"study", "trends"}  # these draw, judge and drive; what a run is told by params.py is in its config
+    if kind != "rl":
+        others |= {"rewards", "self_rewards", "credit", "screen", "rl"}
+    if kind in ("data", "base", "sft"):
+        others |= {"decode", "evaluate", "scoring"}
     folder = Path(__file__).parent
-    others = ("__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel", "stats")
-    others += ("study", "trends")
     sources = sorted(path for path in folder.rglob("*.py") if path.stem not in others)
     return digest([[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")] for path in sources])
 

@@ -1,15 +1,18 @@
-"""Figures of how something follows a quantity: the gap and the cure the dose, cost the size of the work.
+"""Figures of how something follows a quantity: the gap and the cure the dose, correlations two rates, a policy gradient
+its reward, cost the size of the work.
 
 DataFrame in, Figure out, in the style of `figures`.
 """
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from asym import figures
+from asym import figures, stats
 
 
 def dose_response(table: pd.DataFrame) -> Figure:
@@ -84,6 +87,60 @@ def share_predicts_gap(table: pd.DataFrame) -> Figure:
         ax.set(title=f"ρ = {rho:.2f}", xlabel=f"perception's share of {shares[share]} (%)")
     axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
     fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
+    return fig
+
+
+def null_map(perception: tuple[float, float], reasoning: tuple[float, float]) -> Figure:
+    """Rates (p, q) at which `stats.null_correlations` fall within two ranges: each (light), both (dark)."""
+    rates = np.linspace(0.001, 0.999, 999)
+    p, q = np.meshgrid(rates, rates)
+    found = stats.null_correlations(p, q)
+    inside = [(low <= r) & (r <= high) for r, (low, high) in zip(found, (perception, reasoning), strict=True)]
+    fig, axes = figures.panels([""], [""], 7, 6)
+    (ax,) = axes.values()
+    for area, color in zip(inside, (figures.PERCEPTION, figures.REASONING), strict=True):
+        ax.contourf(p, q, area, levels=[0.5, 1.5], colors=[color], alpha=0.35)
+    ax.contourf(p, q, inside[0] & inside[1], levels=[0.5, 1.5], colors=["black"], alpha=0.75)
+    ax.plot([0, 1], [0, 1], color=figures.QUIET, lw=1, ls=":")
+    ax.set(xlabel="rate of perception p", ylabel="rate of reasoning q", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    names = ("outcome ~ perception", "outcome ~ reasoning")
+    keys = [
+        Patch(color=color, alpha=0.35, label=f"{name} in {low:.2f}–{high:.2f}")
+        for name, color, (low, high) in zip(
+            names, (figures.PERCEPTION, figures.REASONING), (perception, reasoning), strict=True
+        )
+    ]
+    fig.legend(
+        handles=[*keys, Patch(color="black", alpha=0.75, label="both")], frameon=False, loc="outside lower center"
+    )
+    fig.suptitle("Where two rates alone give these correlations")
+    return fig
+
+
+def gradient_directions(table: pd.DataFrame) -> Figure:
+    """Cosine with the perception gradient and signal-to-noise of every reward: a column per task, with 95 % intervals.
+
+    From the table of `credit.gradient_table`.
+    """
+    rewards = ["perception", "outcome", *figures.ordered(set(table.reward) - {"perception", "outcome"})]
+    rows = {"cosine": "cosine with the perception gradient", "signal_to_noise": "signal-to-noise per prompt group"}
+    height = 0.5 * len(rewards) + 1.2
+    fig, axes = figures.panels(list(rows), figures.tasks_of(table), 7, height, sharex="row", sharey=True)
+    for (measure, task), ax in axes.items():
+        part = table[(table.task == task) & (table.measure == measure)].set_index("reward").reindex(rewards)
+        special = {"perception": figures.PERCEPTION, "outcome": figures.END_TO_END}
+        for place, line in enumerate(part.itertuples()):
+            color = special.get(line.Index, figures.SURROGATE)
+            ax.hlines(place, line.low, line.high, color=color, lw=3)
+            ax.plot(line.estimate, place, "o", color=color, ms=11)
+        ax.axvline(0, color="black", lw=1)
+        names = {"perception": "exact perception", "outcome": "outcome"}
+        ax.set_yticks(range(len(rewards)), [names.get(each, figures.display(each)) for each in rewards])
+        ax.set(title=figures.TASKS.get(task, task) if measure == "cosine" else "", xlabel=rows[measure])
+        ax.set_ylim(len(rewards) - 0.5, -0.5)
+        if measure == "cosine" or part.estimate.isna().all():
+            ax.set_xlim(-0.5, 1.05)
+    fig.suptitle(f"Which way a reward's policy gradient points ({figures.counted(table.n.max(), 'problem')})")
     return fig
 
 

@@ -149,6 +149,13 @@ def test_c8_and_c9_compare_with_outcome_only():
     assert [found[claim] for claim in ("C8", "C8 interior", "C9")] == ["not reproduced"] * 3
 
 
+@pytest.mark.parametrize(("rates", "expected"), [((0.95, 0.9), "reproduced"), ((0.3, 0.9), "not reproduced")])
+def test_x2_compares_routed_credit_with_the_best_mixture(rates, expected):
+    mixed = START | {"outcome": (0.5, 0.9), "alpha_0.5": (0.6, 0.9), "alpha_1": (0.4, 0.5)}
+    assert verdicts(rl_rows=responses(mixed | {"span_routed": rates}))["X2"] == expected
+    assert claims(rl_rows=responses(mixed)).set_index("claim").n["X2"] == 0
+
+
 def test_the_negative_control_is_no_candidate_for_c9():
     rows = responses(START | {"outcome": (0.5, 0.5), "answer_consistency": (1.0, 1.0)})
     assert claims(rl_rows=rows).set_index("claim").n["C9"] == 0
@@ -201,7 +208,7 @@ def test_recording_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
     first = record(path, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
     rl = claims(rl_rows=responses(START | {"outcome": (0.5, 0.9)}))
     both = record(path, rl)
-    assert list(both.claim) == [*first.claim[:-1], *rl.claim, "X3"]
+    assert list(both.claim) == [*first.claim[:-1], *rl.claim, "X3"]  # X2 is the last of the RL claims
     again = claims(sft_rows=responses(BASE | {"token_averaged": (0.4, 0.9)}))
     merged = record(path, again)
     assert merged.set_index("claim").verdict["C1"] == "reproduced"

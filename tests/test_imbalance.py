@@ -58,7 +58,8 @@ def test_doses_turn_one_knob_each(tiny):
     settings = doses(p)
     assert list(settings) == [("length", 0), ("length", 4), ("entropy", 0.5), ("difficulty", 0.2)]
     changed = {dose: {k for k, v in q.model_dump().items() if v != getattr(p, k)} for dose, q in settings.items()}
-    assert changed["length", 4] == {"verbosity"}
+    assert changed["length", 4] == {"verbosity", "max_new_tokens"}
+    assert settings["length", 4].max_new_tokens == p.max_new_tokens * 5 // 2
     assert changed["entropy", 0.5] == {"variation"}
     assert changed["difficulty", 0.2] == {"difficulty_sudoku", "difficulty_graph_coloring"}
 

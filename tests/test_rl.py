@@ -10,6 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from asym import decode as decoding
 from asym import models, rl
+from asym.credit import perception_mask
 from asym.data import load_split, task_of
 from asym.decode import decode
 from asym.params import Params
@@ -93,6 +94,47 @@ def test_rollouts_keep_their_groups_texts_and_every_reward(tiny, start, root, sc
         assert metrics[f"reward_{name}"].tolist() == pytest.approx(rollouts.groupby("step")[name].mean().tolist())
     before, after = (load_file(folder / "model.safetensors") for folder in (start.checkpoint, run.checkpoint))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("arm", ["span_routed", "reweighted_0.3"])
+def test_credit_arms_give_every_token_its_advantage(tiny, start, root, script, monkeypatch, arm):
+    p = tiny(max_new_tokens=400)
+    script(mixed_responses(p, "sudoku"))
+    given = []
+    loss = rl.RolloutTrainer._compute_loss
+    monkeypatch.setattr(rl.RolloutTrainer, "_compute_loss", lambda *args: given.append(args[2]) or loss(*args))
+    rollouts = pd.read_parquet(train_arm(p, start, "sudoku", arm, 0).folder / "rollouts.parquet")
+    (inputs,) = given
+    tokenizer = models.load(start.checkpoint)[1].tokenizer
+    texts = tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)  # a step comes shuffled
+    written = inputs["completion_mask"].bool()
+    seen = perception_mask(tokenizer, inputs["completion_ids"]) & written
+    assert seen.any(1).all()
+    counts = (written.sum().item(), seen.sum().item())
+    for row, text in enumerate(texts):
+        by_text = rollouts[rollouts.completion == text].drop_duplicates("problem_id")
+        expected = set()
+        for _, same in by_text.iterrows():
+            group = rollouts[rollouts.problem_id == same.problem_id]
+            a, a_p = ((same[k] - group[k].mean()) / (group[k].std() + 1e-4) for k in ("outcome", "perception"))
+            scale = (0.3 * counts[0] / counts[1], 0.7 * counts[0] / (counts[0] - counts[1]))
+            both = (a_p, a) if arm == "span_routed" else (scale[0] * a, scale[1] * a)
+            expected.add(tuple(round(value, 3) for value in both))
+        advantages = inputs["advantages"][row]
+        (one,), (other,) = advantages[seen[row]].unique(), advantages[written[row] & ~seen[row]].unique()
+        assert any((one.item(), other.item()) == pytest.approx(pair, abs=2e-3) for pair in expected)
+
+
+@pytest.mark.parametrize("arm", ["self_blindfold", "image_dependence"])
+def test_an_arm_paid_for_asking_the_model_logs_what_it_was_paid(tiny, start, root, script, arm):
+    p = tiny(max_new_tokens=400, rl_lr=1e-2)
+    script(mixed_responses(p, "sudoku"))
+    run = train_arm(p, start, "sudoku", arm, 0)
+    rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
+    assert list(rollouts) == [*COLUMNS, *NAMES, arm, "advantage"]
+    assert rollouts[arm].between(0, 1).all()
+    assert run.metrics()[f"reward_{arm}"][0] == pytest.approx(rollouts[arm].mean(), abs=1e-6)
+    assert run.metrics().reward[0] == pytest.approx((rollouts[arm] + rollouts.outcome).mean() / 2, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +307,9 @@ def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
 
 
 def test_arms_are_those_of_the_parameters():
-    p = Params().model_copy(update={"alphas": [0.2, 0.5], "surrogates": ["validity"]})
-    assert rl.arms(p) == ["outcome", "alpha_0.2", "alpha_0.5", "validity"]
+    asked = {"alphas": [0.2, 0.5], "graded_alphas": [1.0], "surrogates": ["validity"], "credits": ["span_routed"]}
+    p = Params().model_copy(update=asked)
+    assert rl.arms(p) == ["outcome", "alpha_0.2", "alpha_0.5", "graded_1", "validity", "span_routed"]
 
 
 def test_an_arm_leaves_the_parts_it_does_not_train_as_they_were(tiny, start, root, script):

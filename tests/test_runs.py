@@ -34,7 +34,7 @@ def test_reusing_what_other_code_made_warns(tmp_path, monkeypatch):
     run = Run.open(tmp_path, "sft", {"seed": 0})
     run.finish()
     Run.open(tmp_path, "sft", {"seed": 0})  # warnings are errors
-    monkeypatch.setattr(runs, "_code", lambda: "other")
+    monkeypatch.setattr(runs, "_code", lambda kind: "other")
     with pytest.warns(UserWarning, match=rf"{run.folder} was made by other code"):
         Run.open(tmp_path, "sft", {"seed": 0})
 

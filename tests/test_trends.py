@@ -3,7 +3,7 @@ import pytest
 from synthetic import responses
 from test_figures import TASKS, line, texts
 
-from asym import figures, trends
+from asym import figures, stats, trends
 from asym.imbalance import dose_response
 
 pytestmark = pytest.mark.usefixtures("drawing")
@@ -48,3 +48,26 @@ def test_shares_are_drawn_against_the_gap_with_their_rank_correlation(dosed):
     rho = gaps.token_share.corr(gaps.estimate, method="spearman")
     assert fig.axes[0].get_title() == f"ρ = {rho:.2f}"
     assert rho < -0.5
+
+
+def test_the_null_map_is_dark_only_where_both_ranges_hold():
+    fig = trends.null_map((0.34, 0.43), (0.65, 1.0))
+    both = fig.axes[0].collections[2]
+    assert [patch.get_label() for patch in fig.legends[0].get_patches()][-1] == "both"
+    p, q = both.get_paths()[0].vertices.mean(0)
+    perception, reasoning = stats.null_correlations(p, q)
+    assert 0.3 < perception < 0.47
+    assert reasoning > 0.6
+    assert p > q
+
+
+def test_gradient_directions_stand_in_one_order_with_their_intervals():
+    rewards = ["validity", "perception", "outcome"]
+    index = pd.MultiIndex.from_product(
+        [TASKS, rewards, ["cosine", "signal_to_noise"]], names=["task", "reward", "measure"]
+    )
+    table = index.to_frame(index=False).assign(family="f", estimate=0.4, low=0.2, high=0.5, n=16, seeds=1)
+    fig = trends.gradient_directions(table)
+    names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    assert names == ["exact perception", "outcome", "validity"]
+    assert line(fig.axes[0], figures.PERCEPTION).get_xdata().tolist() == [0.4]

@@ -117,7 +117,7 @@ class GraphColoring:
                 line += f", {choices.pick(SO)} {wrong}? no, near {wrong}"
             lines.append(f"{line}, {choices.pick(SO)} {vertex} {color}.")
             colors[vertex] = color
-        for count in range(1, verbosity + 1):
+        for count in range(verbosity, 0, -1):  # down to 1: which round is the last must show
             lines.extend([f"round {count}.", *_verify(problem, colors, choices)])
         return " ".join(lines), json.dumps([colors[vertex] for vertex in range(problem.n)])
 
@@ -275,14 +275,11 @@ def _near(graph: Graph, vertex: int, colors: dict[int, str], choices: Variation)
 
 
 def _verify(graph: Graph, colors: dict[int, str], choices: Variation) -> Iterator[str]:
-    """Every vertex and every edge of the finished coloring, once more."""
-    for kind in choices.order(("vertices", "edges")):
-        for item in choices.walk(range(graph.n) if kind == "vertices" else graph.edges):
-            if kind == "vertices":
-                said = f"{_near(graph, item, colors, choices)}, {item} {colors[item]}"
-            else:
-                said = "{} {}: {} {}".format(*item, *(colors[v] for v in item))
-            yield f"{choices.pick(OPENERS)} {said}, {choices.pick(FINE)}."
+    """Every vertex and every edge of the coloring, in order: which comes next is plain, how it is said varies."""
+    said = [f"{_near(graph, vertex, colors, choices)}, {vertex} {colors[vertex]}" for vertex in range(graph.n)]
+    said += [f"{u} {v}: {colors[u]} {colors[v]}" for u, v in graph.edges]
+    for text in said:
+        yield f"{choices.pick(OPENERS)} {text}, {choices.pick(FINE)}."
 
 
 def _layout(graph: Graph, displacement: float, radius: float, rng: Random) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from math import isqrt
 from random import Random
 from typing import Any, ClassVar
@@ -257,7 +258,7 @@ class _Trace:
             if waiting and self.choices.happens("look", 0.2):
                 lines.append(self.look(self.choices.pick(waiting)))
             lines.append(self.step(self.choices.pick(ready)) if ready else self.trial(self.choices.pick(blanks)))
-        for count in range(1, self.verbosity + 1):
+        for count in range(self.verbosity, 0, -1):  # down to 1: which round is the last must show
             lines.extend([f"round {count}.", *self.verify()])
         return " ".join(lines), json.dumps(self.cells)
 
@@ -304,12 +305,11 @@ class _Trace:
         return line
 
     def verify(self) -> Iterator[str]:
-        """Every unit of the finished grid, once more."""
-        for block, kind in self.choices.order(enumerate(_UNITS)):
-            for k in self.choices.walk(range(self.n)):
-                name = f"{self.choices.pick(OPENERS)} {self.choices.pick(_UNITS[kind])} {k + 1}"
-                digits = " ".join(str(self.cells[r][c]) for r, c in units(self.n)[block * self.n + k])
-                yield f"{name}: {digits}, {self.choices.pick(FINE)}."
+        """Every unit of the finished grid, in order: which comes next is plain, how it is said varies."""
+        for (kind, k), unit in zip(product(_UNITS, range(self.n)), units(self.n), strict=True):
+            name = f"{self.choices.pick(OPENERS)} {self.choices.pick(_UNITS[kind])} {k + 1}"
+            digits = " ".join(str(self.cells[r][c]) for r, c in unit)
+            yield f"{name}: {digits}, {self.choices.pick(FINE)}."
 
 
 def _cell(cell: tuple[int, int]) -> str:

@@ -46,8 +46,8 @@ class Task(Protocol):
         """The problem in words, another surface form than p*: what half of the language stage reads."""
 
     def explain(self, problem: Any, rng: Random, verbosity: int, variation: float) -> tuple[str, str]:
-        """A chain of thought from the exact solution path, at its end `verbosity` rounds that verify the solution, and
-        the answer it arrives at. `variation`: see `Variation`.
+        """A chain of thought from the exact solution path, at its end `verbosity` rounds, counted down, that verify
+        the solution, and the answer it arrives at. `variation`: see `Variation`.
         """
 
     def parse_perception(self, text: str, problem: Any) -> Any:
@@ -121,10 +121,6 @@ class Variation:
         """The items, in some order."""
         items = list(items)
         return self.rng.sample(items, len(items)) if self._free() else items
-
-    def walk(self, items) -> list:
-        """The items, forwards or backwards, so that each tells which comes next."""
-        return self.pick((list(items), list(items)[::-1]))
 
     def happens(self, remark: str, rate: float) -> bool:
         """Whether an optional remark is made here; `rate` is its long-run frequency."""
