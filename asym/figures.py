@@ -137,10 +137,14 @@ def accuracy_curves(curves: pd.DataFrame) -> Figure:
 
 
 def reward_curves(metrics: pd.DataFrame) -> Figure:
-    """Mean of every logged reward against the step: a row per arm, a column per task."""
+    """Mean of every logged reward against the step: a row per arm, a column per task.
+
+    Answer consistency, logged in every arm, is the reasoning about what the response itself states.
+    """
     lines = {
         "reward_outcome": ("outcome", END_TO_END, "-"),
         "reward_perception": ("perception", PERCEPTION, "-"),
+        "reward_answer_consistency": ("own reasoning", REASONING, "-"),
         "reward_perception_graded": ("perception, graded", PERCEPTION, "--"),
         "reward_format": ("format", QUIET, ":"),
     }

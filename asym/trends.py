@@ -90,6 +90,34 @@ def share_predicts_gap(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def alpha_frontier(table: pd.DataFrame) -> Figure:
+    """a, a_p and a_r (points) over α, a column per task: exact perception paid (solid), graded (dashed).
+
+    From the table of `stats.measures`; outcome-only is α = 0 of both.
+    """
+    fig, axes = figures.panels([""], figures.tasks_of(table), 7, 5, sharey=True)
+    for (_, task), ax in axes.items():
+        for prefix, style in (("alpha_", "o-"), ("graded_", "D--")):
+            weight = {"outcome": 0.0}
+            weight |= {arm: float(arm.removeprefix(prefix)) for arm in table.arm.unique() if arm.startswith(prefix)}
+            here = table[(table.task == task) & table.arm.isin(weight)]
+            here = here.assign(weight=here.arm.map(weight)).sort_values("weight")
+            for measure, (_, color) in figures.BARS.items():
+                line = here[here.measure == measure]
+                error = [line.estimate - line.low, line.high - line.estimate]
+                if line.weight.nunique() > 1:
+                    ax.errorbar(line.weight, line.estimate, error, fmt=style, color=color, capsize=3)
+        ax.set(title=figures.TASKS.get(task, task), xlabel="weight of perception α", xlim=(-0.05, 1.05), ylim=(0, 105))
+    axes["", figures.tasks_of(table)[0]].set_ylabel("accuracy (points)")
+    keys = [Line2D([], [], color=color, lw=4, label=label) for label, color in figures.BARS.values()]
+    keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
+    keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
+    fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
+    counts = (figures.counted(table.n.max(), "problem"), figures.counted(table.seeds.max(), "seed"))
+    fig.suptitle(f"What α buys ({', '.join(counts)})")
+    return fig
+
+
 def null_map(perception: tuple[float, float], reasoning: tuple[float, float]) -> Figure:
     """Rates (p, q) at which `stats.null_correlations` fall within two ranges: each (light), both (dark)."""
     rates = np.linspace(0.001, 0.999, 999)
