@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from asym.params import Params, ParamsError
@@ -73,7 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _screen(args: argparse.Namespace) -> int:
-    given = {"start_model": json.dumps(args.model), "tasks": json.dumps([args.task])}
+    given = {"start_model": json.dumps(str(Path(args.model).resolve())), "tasks": json.dumps([args.task])}
     p = Params.load(args.params, dict(args.set) | given)
     from asym.rl import train_start
     from asym.screen import screen

@@ -197,8 +197,7 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
 
 def x2(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """Span-routed credit beats the best mixed reward in a."""
-    routed = [arm for arm in ("span_routed",) if arm in set(rl_rows.arm)]
-    yield "X2", best_against(rl_rows, routed, mixtures(rl_rows, "alpha_"), resamples), 0.0
+    yield "X2", best_against(rl_rows, ["span_routed"], mixtures(rl_rows, "alpha_"), resamples), 0.0
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -232,9 +231,9 @@ def claims(
 ) -> pd.DataFrame:
     """One line per claim × task × family, in `COLUMNS`; claims that need a table that is None are left out.
 
-    `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff, perception_first; `rl_rows` start, outcome, alpha_…
-    and surrogates; `rollouts` and `counterfactual` those of the arm start; `dose_rows` token_averaged and ngdiff, with
-    axis and level; `imbalance` and `screening` are the tables of those names.
+    `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff, perception_first; `rl_rows` start, outcome,
+    alpha_…, span_routed and surrogates; `rollouts` and `counterfactual` those of the arm start; `dose_rows`
+    token_averaged and ngdiff, with axis and level; `imbalance` and `screening` are the tables of those names.
     """
     given = {"sft_rows": sft_rows, "rl_rows": rl_rows, "imbalance": imbalance}
     given |= {"rollouts": rollouts, "counterfactual": counterfactual, "screening": screening}

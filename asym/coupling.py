@@ -19,6 +19,7 @@ import pandas as pd
 from asym import stats
 
 SCOPES: dict[str, Callable] = {"pooled": stats.correlation, "within_group": stats.within_group_correlation}
+FEW = 5  # checkpoints: through fewer points any line fits
 KEYS = ["task", "family", "arm", "seed", "problem_id", "rollout"]
 
 
@@ -67,7 +68,8 @@ def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFra
     """Correlation of a with a_p and with a_r *across checkpoints*, each a point with its three accuracies.
 
     `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. The interval
-    resamples problems, the checkpoints stay. Columns: task, family, pair, r, low, high, n (problems), checkpoints.
+    resamples problems, the checkpoints stay. Columns: task, family, pair, r, low, high, n (problems), checkpoints;
+    r is nan with fewer than `FEW` of them.
     """
     records = []
     for (task, family), part in rows.groupby(["task", "family"]):
@@ -82,7 +84,9 @@ def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFra
                 a, half = (x - x.mean(-1, keepdims=True) for x in (sums[..., 0], sums[..., place]))
                 return (a * half).sum(-1) / np.sqrt((a**2).sum(-1) * (half**2).sum(-1))
 
-            estimate = asdict(stats.bootstrap(totals, correlation, resamples)) | {"seeds": totals.shape[2]}
+            few = totals.shape[2] < FEW
+            estimate = asdict(stats.UNTESTED if few else stats.bootstrap(totals, correlation, resamples))
+            estimate |= {"seeds": totals.shape[2]}
             records.append({"task": task, "family": family, "pair": f"outcome~{name}", **estimate})
     return pd.DataFrame(records).rename(columns={"estimate": "r", "seeds": "checkpoints"})
 

@@ -7,8 +7,9 @@
 - `reweighted_<λ>`: all get the outcome's, but the loss is λ·(mean over perception tokens) + (1 − λ)·(mean over the
   others), as SFT weighs them; as an advantage per token that is A·λ·N/n_p and A·(1 − λ)·N/n_r of N = n_p + n_r tokens.
 
-*Gradients*: ∇ Σ A·log π of the rollouts of one checkpoint, for several rewards, beside the gradient of the perception
-itself: that of exact perception through the perception tokens, all that a_p depends on.
+*Gradients*: ∇ Σ A·log π of the rollouts of one checkpoint, for several rewards, beside the gradient of perception: that
+of exact perception through the perception tokens. (A response that cannot be read earns no perception either, so both
+the routed credit and this gradient also push, a little, for what makes a response come to an end.)
 """
 
 import re
@@ -17,16 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asym import models, stats
 from asym.params import CREDITS
 from asym.runs import progress
-from asym.sft import SegmentCollator
-from asym.transcript import PERCEPTION
+from asym.sft import SegmentCollator, token_losses
+from asym.transcript import PERCEPTION, TAGS
 
+CLOSING = TAGS[1]
 SKETCH = 4096  # dimensions a gradient is hashed to: inner products then err by 1/64 of the norms
 
 
@@ -39,14 +40,14 @@ def group_advantages(rewards: torch.Tensor, group: int) -> torch.Tensor:
 def perception_mask(tokenizer, completions: torch.Tensor) -> torch.Tensor:
     """Which tokens (B, T) lie before the end of the perception span; none in a row that never closes it.
 
-    The token that completes `</perception>` is found by bisection, so that any tokenizer will do.
+    The token that completes the closing tag is found by bisection, so that any tokenizer will do.
     """
     ends = []
     for ids in completions.tolist():
         first, last = 0, len(ids)
         while first < last:
             middle = (first + last) // 2
-            closed = "</perception>" in tokenizer.decode(ids[: middle + 1])
+            closed = CLOSING in tokenizer.decode(ids[: middle + 1])
             first, last = (first, middle) if closed else (middle + 1, last)
         ends.append(first + 1 if first < len(ids) else 0)
     places = torch.arange(completions.shape[1], device=completions.device)
@@ -77,92 +78,93 @@ def policy_gradients(
     processor: ProcessorMixin,
     rollouts: pd.DataFrame,
     data: Dataset,
-    rewards: Sequence[str],
     parts: Sequence[str],
+    temperature: float,
     seed: int,
     label: str,
 ) -> pd.DataFrame:
-    """The policy gradient of every prompt group under each reward, hashed to `SKETCH` numbers.
+    """∇ log π of every rollout, hashed to `SKETCH` numbers: what every policy gradient is a weighted sum of.
 
     Args:
-        rollouts: of one checkpoint, several per problem: problem_id, completion and a column for each of `rewards`.
-            A completion that was cut off counts as ended.
+        rollouts: of one checkpoint: problem_id, rollout, completion, and `ended`: whether the end token was written.
         data: the split they come from: problem_id, query, image.
         parts: the parts of the model that RL trains; only their weights count.
+        temperature: of the sampling; the policy is the distribution that was sampled from.
         seed: of the hash. Under different seeds sketches are as good as orthogonal, and a sum over seeds keeps each.
 
     Returns:
-        One row per problem and reward: problem_id, reward, `whole` (all tokens) and `seen` (perception tokens alone),
-        arrays (SKETCH,). Inner products of sketches are those of the gradients, up to 1/√SKETCH of their norms.
+        problem_id, rollout, `whole` (through all tokens) and `seen` (through the perception tokens), arrays (SKETCH,).
+        Inner products of sketches are those of the gradients, up to 1/√SKETCH of their norms.
     """
     for name, weights in model.named_parameters():
         weights.requires_grad = models.part_of(name) in parts
     parameters = [weights for weights in model.parameters() if weights.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     total = sum(weights.numel() for weights in parameters)
-    place = torch.randint(SKETCH, (total,), generator=generator)
-    sign = torch.randint(2, (total,), generator=generator).float() * 2 - 1
+    bucket = torch.randint(SKETCH, (total,), generator=generator, dtype=torch.int32)
+    sign = torch.randint(2, (total,), generator=generator, dtype=torch.int8) * 2 - 1
 
-    def sketch(sums: torch.Tensor, advantages: torch.Tensor) -> np.ndarray:
-        found = torch.autograd.grad(sums, parameters, advantages, retain_graph=True, allow_unused=True)
+    def sketch(value: torch.Tensor) -> np.ndarray:
+        found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         flat = [torch.zeros_like(q) if g is None else g for g, q in zip(found, parameters, strict=True)]
-        flat = torch.cat([each.flatten() for each in flat]).cpu()
-        return torch.zeros(SKETCH).index_add_(0, place, flat * sign).numpy()
+        flat = torch.cat([each.flatten().float().cpu() for each in flat])
+        return torch.zeros(SKETCH).index_add_(0, bucket, flat * sign).numpy()
 
     collator, records = SegmentCollator(processor), []
     position = {name: index for index, name in enumerate(data["problem_id"])}
     model.eval()
-    with progress(label, rollouts.problem_id.nunique()) as bar:
-        for problem, group in rollouts.groupby("problem_id", sort=False):
-            shown = data[position[problem]]
-            rows = [{"query": shown["query"], "image": shown["image"], "response": text} for text in group.completion]
-            whole, seen = _log_likelihoods(model, collator(rows))
-            for reward in rewards:
-                advantages = group_advantages(torch.tensor(group[reward].to_numpy(float)), len(group)).float()
-                sketches = {"whole": sketch(whole, advantages), "seen": sketch(seen, advantages)}
-                records.append({"problem_id": problem, "reward": reward, **sketches})
+    with progress(label, len(rollouts)) as bar:
+        for row in rollouts.itertuples():
+            shown = data[position[row.problem_id]]
+            batch = collator([{"query": shown["query"], "image": shown["image"], "response": row.completion}])
+            if not row.ended:
+                batch["labels"][0, -1] = -100  # the collator's end token was never written
+            losses, segments = token_losses(model, batch, temperature)
+            sketches = {"whole": sketch(-losses.sum()), "seen": sketch(-(losses * (segments == PERCEPTION)).sum())}
+            records.append({"problem_id": row.problem_id, "rollout": row.rollout, **sketches})
             bar.update(1)
     return pd.DataFrame(records)
 
 
-def _log_likelihoods(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-likelihood of all response tokens and of the perception tokens of each row: (B,), (B,)."""
-    segments, labels = batch.pop("segments")[:, 1:], batch.pop("labels")[:, 1:]
-    given = {name: values.to(model.device) for name, values in batch.items()}
-    logits = model(**given, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), reduction="none")
-    return -losses.sum(1), -(losses * (segments == PERCEPTION).to(losses.device)).sum(1)
-
-
-def gradient_table(gradients: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
+def gradient_table(gradients: pd.DataFrame, rewards: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
     """How each reward's policy gradient lies to the gradient of perception, with intervals over problems.
 
     Args:
-        gradients: of `policy_gradients`, with columns task, family, seed; one of the rewards is "perception".
+        gradients: of `policy_gradients`, with columns task, family, seed and one for each of `rewards`, of which one is
+            "perception".
 
     Returns:
         task, family, reward, measure, estimate, low, high, n, seeds. Measures: `cosine`, of the two gradients summed
-        over all problems; `signal_to_noise`, mean / standard deviation over prompt groups of the reward's gradient
-        through the perception tokens, projected on the perception gradient of all *other* problems: a step of k
-        prompts moves perception the right way where √k times it is well above 0.
+        over the same rollouts, whose noise they share; `signal_to_noise`, mean / standard deviation over the prompt
+        groups of every other problem of the reward's gradient through the perception tokens, projected on the
+        perception gradient of the problems in between. (Leaving out just the problem itself would not do: all
+        projections would then share each other's noise.)
     """
     records = []
     for (task, family), part in gradients.groupby(["task", "family"]):
-        target = part[part.reward == "perception"].sort_values(["seed", "problem_id"])
-        ideal = np.stack(target.seen)
-        for reward, group in part.groupby("reward", sort=False):
-            group = group.sort_values(["seed", "problem_id"])
-            about = {"task": task, "family": family, "reward": reward}
-            both = np.concatenate([np.stack(group.whole), ideal], 1)
-            totals = stats.cells(both, group.problem_id, group.seed)
-            cosine = stats.bootstrap(totals, _cosine, resamples)
-            seen, others = np.stack(group.seen), _sum_of_others(ideal, group.seed.to_numpy())
-            along = (seen * others).sum(1) / np.maximum(np.linalg.norm(others, axis=1), 1e-30)
+        groups = [group for _, group in part.groupby(["seed", "problem_id"])]
+        where = pd.DataFrame([{"seed": group.seed.iloc[0], "problem": group.problem_id.iloc[0]} for group in groups])
+        ideal = _summed(groups, "perception", "seen")
+        judge = where.groupby("seed").cumcount() % 2 == 0  # half of the problems give the direction, half are judged
+        sums = {seed: ideal[judge & (where.seed == seed)].sum(0) for seed in where.seed.unique()}
+        towards = np.stack([sums[seed] / max(np.linalg.norm(sums[seed]), 1e-30) for seed in where.seed])
+        judged = where[~judge]
+        for reward in rewards:
+            both = np.concatenate([_summed(groups, reward, "whole"), ideal], 1)
+            cosine = stats.bootstrap(stats.cells(both, where.problem, where.seed), _cosine, resamples)
+            along = (_summed(groups, reward, "seen") * towards).sum(1)[~judge]
             moments = np.stack([np.ones_like(along), along, along**2], 1)
-            signal = stats.bootstrap(stats.cells(moments, group.problem_id, group.seed), _ratio, resamples)
+            signal = stats.bootstrap(stats.cells(moments, judged.problem, judged.seed), _ratio, resamples)
             for measure, estimate in (("cosine", cosine), ("signal_to_noise", signal)):
-                records.append(about | {"measure": measure} | vars(estimate))
+                about = {"task": task, "family": family, "reward": reward, "measure": measure}
+                records.append(about | vars(estimate))
     return pd.DataFrame(records)
+
+
+def _summed(groups: Sequence[pd.DataFrame], reward: str, tokens: str) -> np.ndarray:
+    """The policy gradient of every prompt group under a reward: Σ advantage · ∇ log π, (groups, SKETCH)."""
+    advantages = [group_advantages(torch.tensor(group[reward].to_numpy(float)), len(group)).numpy() for group in groups]
+    return np.stack([a @ np.stack(group[tokens]) for a, group in zip(advantages, groups, strict=True)])
 
 
 def _cosine(sums: np.ndarray) -> np.ndarray:
@@ -176,9 +178,3 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
     mean, square = sums[..., 1] / sums[..., 0], sums[..., 2] / sums[..., 0]
     variance = square - mean**2
     return mean / np.sqrt(np.where(variance > 1e-12 * square, variance, np.nan))
-
-
-def _sum_of_others(rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """For every row the sum of the other rows of its seed: (N, D) → (N, D)."""
-    totals = {seed: rows[seeds == seed].sum(0) for seed in np.unique(seeds)}
-    return np.stack([totals[seed] for seed in seeds]) - rows

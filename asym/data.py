@@ -95,10 +95,15 @@ def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     return Dataset.from_list(rows, features=FEATURES)
 
 
+def drawn_by(name: str) -> tuple[str, ...]:
+    """The parameters that decide a task's problems, their drawings and their prompts."""
+    size = ("sudoku_size", "blanks_min", "blanks_max") if name == "sudoku" else ("vertices_min", "vertices_max")
+    return "prompt_style", "image_size", f"difficulty_{name}", *size
+
+
 def load_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     """A split from its parquet file in `runs/`, written first where there is none yet."""
-    keys = ("prompt_style", "verbosity", "variation", "image_size", f"difficulty_{name}", f"n_{split}")
-    keys += ("sudoku_size", "blanks_min", "blanks_max") if name == "sudoku" else ("vertices_min", "vertices_max")
+    keys = (*drawn_by(name), "verbosity", "variation", f"n_{split}")
     config = {key: getattr(p, key) for key in keys} | {"task": name, "split": split, "seed": seed}
     run = Run.open(repo_root(), f"data-{name}-{split}", config)
     path = run.folder / f"{split}.parquet"

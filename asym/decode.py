@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from asym.models import chat, image_token_ids
 from asym.runs import progress
 
-KNOWN = ("qwen3_vl",)  # model types whose decoder layers `decode` can run
+KNOWN = ("qwen3_vl", "internvl")  # model types whose decoder layers `decode` can run
 LEAVE = 0.85  # finished rows are dropped once fewer than this share of the batch is still being written
 
 
@@ -103,7 +103,7 @@ def decode(
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).reshape(-1)
 
     mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
-    pictured = "image_grid_thw" in inputs  # the model then places tokens itself: an image takes fewer places
+    pictured = "image_grid_thw" in inputs  # Qwen then places tokens itself: an image takes fewer places
     positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     encoded = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
     if pictured:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 import pandas as pd
 
 from asym import models
-from asym.data import load_split, task_of
+from asym.data import drawn_by, load_split, task_of
 from asym.decode import complete
 from asym.params import Params
-from asym.runs import Run, repo_root, write_parquet
+from asym.runs import Run, repo_root
 from asym.scoring import score
 from asym.sft import threads
 from asym.transcript import TAGS, prefill
@@ -39,21 +39,22 @@ def measure(
         Columns task, family, stage, arm, seed, mode, problem_id, rollout, ground_truth, completion, a, a_p, a_p_graded,
         a_own, parse_failure, n_tokens. a_r is the mean of `a` where mode is "counterfactual".
     """
-    keys = [f"n_{split}", "max_new_tokens", "eval_batch", "image_size", "prompt_style", f"difficulty_{task}"]
+    run = rows_run(p, trained, task, seed, split, rollouts)
+    about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
+    with threads(p.threads):
+        rows = run.table(lambda: responses(p, trained, task, seed, split, rollouts))
+    return rows.assign(**about)[[*about, *COLUMNS]]
+
+
+def rows_run(p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int) -> Run:
+    """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too."""
+    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch"]
     keys += ["n_coupling"] * (split == "train_rl") + ["rl_temperature"] * (rollouts > 1)
     config = {key: getattr(p, key) for key in keys}
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
-    run = Run.open(repo_root(), f"rows-{task}", config)  # whatever it is called: a start is an SFT arm, too
-    path = run.folder / "rows.parquet"
-    with run.locked():
-        if not run.done:
-            with threads(p.threads):
-                write_parquet(path, responses(p, trained, task, seed, split, rollouts))
-            run.finish()
-    about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
-    return pd.read_parquet(path).assign(**about)[[*about, *COLUMNS]]
+    return Run.open(repo_root(), f"rows-{task}", config)
 
 
 def measure_along(p: Params, runs: Mapping[int, Run], task: str, stage: str, arm: str, seed: int) -> pd.DataFrame:

@@ -8,14 +8,13 @@ from dataclasses import asdict
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from asym import models, stats
 from asym.data import load_split
 from asym.params import Params
 from asym.runs import Run, progress
-from asym.sft import SegmentCollator, threads
+from asym.sft import SegmentCollator, threads, token_losses
 from asym.transcript import PERCEPTION, REASONING
 
 
@@ -41,9 +40,7 @@ def measure_shares(
     total = min(batches, len(loader))
     with threads(p.threads), progress(f"shares {task} {arm}", total) as bar:
         for index, batch in zip(range(total), loader, strict=False):
-            segments, labels = batch.pop("segments")[:, 1:], batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1]
-            losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, T - 1), 0 where ignored
+            losses, segments = token_losses(model, batch)
             counts = [int((segments == s).sum()) for s in (PERCEPTION, REASONING)]
             sums = [(losses * (segments == s)).sum() for s in (PERCEPTION, REASONING)]
             grads = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in sums]

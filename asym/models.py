@@ -1,7 +1,8 @@
 """Small vision-language models of the real architecture, made from parameters; saved and loaded as any checkpoint.
 
-Nothing here is a stand-in: the model is a `Qwen3VLForConditionalGeneration` and its processor a `Qwen3VLProcessor`,
-with a byte-level BPE tokenizer of their own. `AutoModelForImageTextToText` and `AutoProcessor` load what `save` wrote.
+Nothing here is a stand-in: the model is a `Qwen3VLForConditionalGeneration` or an `InternVLForConditionalGeneration`
+(over Qwen3, as InternVL3.5) with the processor of its family, and a byte-level BPE tokenizer of its own.
+`AutoModelForImageTextToText` and `AutoProcessor` load what `save` wrote.
 """
 
 import itertools
@@ -18,6 +19,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -35,9 +41,15 @@ from asym.transcript import TAGS
 disable_progress_bar()  # small checkpoints load in moments; long work has the study's own bar
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
-IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
-SPECIAL = (PAD, "<|im_start|>", END, *IMAGE_TOKENS)
-MERGE = 2  # 2×2 patches become one image token
+IMAGE_TOKENS = {  # start of an image, its content, a video's, its end
+    "qwen3_vl": ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"),
+    "internvl": ("<img>", "<IMG_CONTEXT>", "<video>", "</img>"),
+}
+IMAGE_TEXT = {
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "internvl": r"<IMG_CONTEXT>\n",
+}  # in a template
+MERGE = 2  # 2×2 patches become one image token, in either family
 TOGETHER = 2048  # tokens that a CPU passes at once: enough to keep it busy, few enough to stay in its caches
 VOCABULARY = 1024  # an upper bound; the texts of a study need about half of it
 
@@ -52,7 +64,7 @@ CHAT_TEMPLATE = """\
 {{ message.content }}
 {%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- if part.type == 'image' -%}{{ 'IMAGE' }}
 {%- else -%}{{ part.text }}
 {%- endif -%}
 {%- endfor -%}
@@ -62,8 +74,9 @@ CHAT_TEMPLATE = """\
 {% endif -%}"""
 
 
-def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], family: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose merges come from `texts`; it loses nothing on any other text either."""
+    start, context, video, end = IMAGE_TOKENS[family]
     tokenizer = Tokenizer(BPE())
     split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,7 +85,10 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, "<|im_start|>", END, *IMAGE_TOKENS[family]],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(itertools.chain(texts, [" user assistant"]), trainer)
     # The tags are ordinary text to the decoder (not special), but always one token each.
@@ -81,7 +97,11 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
-        additional_special_tokens=["<|im_start|>", *IMAGE_TOKENS],
+        additional_special_tokens=["<|im_start|>", *IMAGE_TOKENS[family]],
+        extra_special_tokens={
+            **{"start_image_token": start, "end_image_token": end},  # by these names InternVL's processor asks for them
+            **{"context_image_token": context, "video_token": video},
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -92,19 +112,26 @@ def build_processor(texts: Iterable[str], p: Params) -> ProcessorMixin:
     pixels = {"shortest_edge": p.image_size**2, "longest_edge": p.image_size**2}
     patches = {"patch_size": p.patch_size, "merge_size": MERGE, "temporal_patch_size": 2, "size": pixels}
     normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    common = {"tokenizer": build_tokenizer(texts, p.family)}
+    common["chat_template"] = CHAT_TEMPLATE.replace("IMAGE", IMAGE_TEXT[p.family])
+    if p.family == "internvl":
+        whole = {"size": {"height": p.image_size, "width": p.image_size}}
+        return InternVLProcessor(
+            image_processor=GotOcr2ImageProcessor(**whole, **normalisation),
+            video_processor=InternVLVideoProcessor(**whole, **normalisation),
+            image_seq_length=(p.image_size // p.patch_size // MERGE) ** 2,
+            **common,
+        )
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**patches, **normalisation),
-        tokenizer=build_tokenizer(texts),
         video_processor=Qwen3VLVideoProcessor(**patches, **normalisation),
-        chat_template=CHAT_TEMPLATE,
+        **common,
     )
 
 
 def build_model(processor: ProcessorMixin, p: Params, seed: int) -> PreTrainedModel:
-    """A Qwen3-VL with random weights at the study's size; proportions near the released models'."""
+    """A model of the family with random weights at the study's size; proportions near the released models'."""
     token = processor.tokenizer.convert_tokens_to_ids
-    head_dim = p.hidden_size // p.heads
-    rotary = head_dim // 2
     text = {
         "vocab_size": len(processor.tokenizer),
         "hidden_size": p.hidden_size,
@@ -112,20 +139,28 @@ def build_model(processor: ProcessorMixin, p: Params, seed: int) -> PreTrainedMo
         "num_hidden_layers": p.layers,
         "num_attention_heads": p.heads,
         "num_key_value_heads": p.heads,
-        "head_dim": head_dim,
+        "head_dim": p.hidden_size // p.heads,
         "max_position_embeddings": 4096,
         "initializer_range": 0.02,
         "pad_token_id": processor.tokenizer.pad_token_id,
         "bos_token_id": None,
         "eos_token_id": processor.tokenizer.eos_token_id,
         "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000.0,
-            "mrope_section": [rotary - 2 * (rotary // 3), rotary // 3, rotary // 3],
-            "mrope_interleaved": True,
-        },
     }
+    tokens = dict(zip(("start", "context", "video", "end"), map(token, IMAGE_TOKENS[p.family]), strict=True))
+    torch.manual_seed(seed)
+    build = _internvl if p.family == "internvl" else _qwen3_vl
+    model = build(text, tokens, p)
+    model.generation_config = GenerationConfig(
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
+    return model
+
+
+def _qwen3_vl(text: dict, tokens: dict[str, int], p: Params) -> PreTrainedModel:
+    rotary = text["head_dim"] // 2
+    places = {"mrope_section": [rotary - 2 * (rotary // 3), rotary // 3, rotary // 3], "mrope_interleaved": True}
     vision = {
         "depth": p.vision_layers,
         "hidden_size": p.vision_hidden_size,
@@ -139,21 +174,35 @@ def build_model(processor: ProcessorMixin, p: Params, seed: int) -> PreTrainedMo
         "deepstack_visual_indexes": [p.vision_layers // 2],
     }
     config = Qwen3VLConfig(
-        text_config=text,
+        text_config=text | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **places}},
         vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=tokens["context"],
+        video_token_id=tokens["video"],
+        vision_start_token_id=tokens["start"],
+        vision_end_token_id=tokens["end"],
         tie_word_embeddings=True,
     )
-    torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _internvl(text: dict, tokens: dict[str, int], p: Params) -> PreTrainedModel:
+    vision = {
+        "num_hidden_layers": p.vision_layers,
+        "hidden_size": p.vision_hidden_size,
+        "intermediate_size": 3 * p.vision_hidden_size,
+        "num_attention_heads": p.heads,
+        "image_size": p.image_size,
+        "patch_size": p.patch_size,
+    }
+    config = InternVLConfig(
+        text_config=text | {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+        vision_config=vision,
+        image_token_id=tokens["context"],
+        image_seq_length=(p.image_size // p.patch_size // MERGE) ** 2,
+        downsample_ratio=1 / MERGE,
+        tie_word_embeddings=True,
     )
-    return model
+    return InternVLForConditionalGeneration(config)
 
 
 def save(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, folder: Path) -> None:
@@ -200,34 +249,44 @@ def chat(processor: ProcessorMixin, query: str, image: bool) -> str:
     return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
 
+_IMAGES = ("pixel_values", "image_grid_thw")  # what a processor returns for images; InternVL's has no grids
+
+
 def encode_images(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
     """A processor's batch with its images encoded in place of their pixels: passes over its parts then share them."""
     if "pixel_values" not in inputs:
         return inputs
-    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    features = model.get_image_features(**{name: inputs[name] for name in _IMAGES if name in inputs})
     kept = {name: values for name, values in inputs.items() if name != "pixel_values"}
     return kept | {"mm_encoder_outputs": {"image": features}}
 
 
 def take(inputs: dict[str, Any], rows: torch.Tensor, width: int) -> dict[str, Any]:
     """Some rows (their indices) of a batch, cut to `width` tokens, with their images, at most one a row."""
-    whole = ("image_grid_thw", "pixel_values", "mm_encoder_outputs")
-    taken = {name: values[rows, :width] for name, values in inputs.items() if name not in whole}
-    if "image_grid_thw" not in inputs:
+    taken = {
+        name: values[rows, :width] for name, values in inputs.items() if name not in (*_IMAGES, "mm_encoder_outputs")
+    }
+    if not {"pixel_values", "mm_encoder_outputs"} & set(inputs):
         return taken
-    pictured = inputs["mm_token_type_ids"].any(1)
-    images = (pictured.cumsum(0) - 1)[rows[pictured[rows]]]
+    types = inputs.get("mm_token_type_ids")
+    pictured = inputs["input_ids"].new_ones(len(inputs["input_ids"])) if types is None else types.any(1)
+    images = (pictured.cumsum(0) - 1)[rows[pictured[rows].bool()]]
     if not len(images):
         return taken
-    grid, pick = inputs["image_grid_thw"], lambda features: [features[image] for image in images]
-    if "pixel_values" in inputs:
-        taken["pixel_values"] = torch.cat(pick(inputs["pixel_values"].split(grid.prod(1).tolist())))
-    else:
+    grid, pick = inputs.get("image_grid_thw"), lambda features: [features[image] for image in images]
+    if "mm_encoder_outputs" in inputs:
         encoded = inputs["mm_encoder_outputs"]["image"]
-        deep = [pick(features) for features in encoded.deepstack_features]
-        chosen = type(encoded)(pooler_output=pick(encoded.pooler_output), deepstack_features=deep)
-        taken["mm_encoder_outputs"] = {"image": chosen}
-    return taken | {"image_grid_thw": grid[images]}
+        chosen = {"pooler_output": pick(encoded.pooler_output)}
+        if grid is None:
+            chosen["pooler_output"] = torch.stack(chosen["pooler_output"])
+        else:
+            chosen["deepstack_features"] = [pick(features) for features in encoded.deepstack_features]
+        taken["mm_encoder_outputs"] = {"image": type(encoded)(**chosen)}
+    elif grid is None:
+        taken["pixel_values"] = inputs["pixel_values"][images]
+    else:
+        taken["pixel_values"] = torch.cat(pick(inputs["pixel_values"].split(grid.prod(1).tolist())))
+    return taken if grid is None else taken | {"image_grid_thw": grid[images]}
 
 
 def parts(lengths: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -244,4 +303,5 @@ def parts(lengths: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def image_token_ids(processor: ProcessorMixin) -> list[int]:
     """Tokens a policy must not write: an image token without an image is an error in the forward pass."""
-    return processor.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
+    vocabulary = processor.tokenizer.get_vocab()
+    return [vocabulary[token] for tokens in IMAGE_TOKENS.values() for token in tokens if token in vocabulary]

@@ -60,7 +60,7 @@ class Params(BaseModel):
     study: str = Field("smoke", description="name of the study and of its folder in results/")
     seeds: list[Natural] = Field([0], min_length=1, description="seeds of post-training; the base has the first")
     tasks: list[Task] = Field(["sudoku", "graph_coloring"], min_length=1, description="puzzles to study")
-    family: Literal["qwen3_vl"] = Field("qwen3_vl", description="model architecture")
+    family: Literal["qwen3_vl", "internvl"] = Field("qwen3_vl", description="model architecture")
     threads: Count = Field(2, description="CPU threads of torch for one arm; the base has those of all workers")
     workers: Count = Field(1, description="arms trained or measured side by side, each in a process of its own")
 
@@ -130,7 +130,7 @@ class Params(BaseModel):
         "", description="folder of a checkpoint of your own that RL starts from; '' for an SFT arm"
     )
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
-    rl_start_steps: Count = Field(4, description="SFT steps of the checkpoint that RL starts from")
+    rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0 for the first that is half good")
     rl_steps: Count = Field(2, description="steps of every RL arm")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")
     rl_prompts: Count = Field(4, description="prompts per step of RL")

@@ -20,9 +20,10 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from asym import credit, models, sft
-from asym.data import load_split, task_of
+from asym import credit, models, sft, stats
+from asym.data import drawn_by, load_split, task_of
 from asym.decode import decode, known
+from asym.evaluate import measure_along
 from asym.models import image_token_ids
 from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
@@ -33,10 +34,11 @@ from asym.tasks import Task
 
 SAVE_EVERY = 5  # steps; a step is long
 REWARDS = (*LABELLED, *SURROGATES)
+HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
 
 
 class RolloutTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer`, faster, with every rollout and all its rewards kept in `<rollouts>/<step>.parquet`.
+    """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>.parquet`.
 
     Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
     together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
@@ -129,6 +131,8 @@ class RolloutTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if re.fullmatch(CREDITS, self.arm):
             output["advantages"] = self._token_advantages(output)
+        advantages = output["advantages"].view(len(inputs), -1)  # (B, 1) or (B, T)
+        last = (output["completion_mask"].sum(1) - 1).clamp(0, advantages.shape[1] - 1)
         table = pd.DataFrame(
             {
                 "step": self.state.global_step,
@@ -137,7 +141,8 @@ class RolloutTrainer(GRPOTrainer):
                 "ground_truth": [row["ground_truth"] for row in inputs],
                 "completion": [messages[0]["content"] for messages in self._logs["completion"]],
                 **{name: list(values) for name, values in self._logs["rewards"].items()},
-                "advantage": list(self._logs["advantages"]),
+                "advantage_perception": advantages[:, 0].tolist(),
+                "advantage": advantages[torch.arange(len(inputs)), last].tolist(),
             }
         )
         write_parquet(self.rollouts / f"{self.state.global_step:05d}.parquet", table)
@@ -170,8 +175,8 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
     Raises ParamsError if `p.start_model` is no checkpoint.
     """
     if not p.start_model:
-        return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
-    folder = Path(p.start_model).expanduser().resolve()
+        return _chosen_start(p, base, task, seed)
+    folder = (repo_root() / Path(p.start_model).expanduser()).resolve()
     found = sorted(folder.glob("*config.json"))
     if not {"config.json", "adapter_config.json"} & {path.name for path in found}:
         raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
@@ -179,9 +184,26 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
     run = Run.open(repo_root(), "model", {"folder": str(folder), "files": files})  # its hash names it in later runs
     with run.locked():
         if not run.done:
+            run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted
             run.checkpoint.symlink_to(folder)
             run.finish()
     return run
+
+
+def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
+    """The SFT checkpoint after `p.rl_start_steps`, or the first along the arm that is half good at both halves.
+
+    Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least.
+    """
+    if p.rl_start_steps:
+        return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
+    sft.train_arm(p, base, task, p.rl_start_arm, seed)
+    passed = sft.along(p, base, task, p.rl_start_arm, seed)
+    rows = measure_along(p, passed, task, "sft", p.rl_start_arm, seed)
+    found = stats.curves(rows).set_index("step")[["a_p", "a_r"]] / 100
+    low, high = HALF_GOOD
+    missed = (low - found).clip(lower=0) + (found - high).clip(lower=0)
+    return passed[missed.sum(axis=1).idxmin()]  # the first of several
 
 
 def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
@@ -191,7 +213,7 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     """
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    keys += ("lora_rank", "trained_parts", "prompt_style", f"difficulty_{task}")
+    keys += ("lora_rank", "trained_parts", *drawn_by(task))
     config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     run = Run.open(repo_root(), f"rl-{task}-{arm}", config)

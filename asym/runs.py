@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -115,6 +115,17 @@ class Run:
         table = pd.read_csv(self.folder / "metrics.csv").assign(**about)
         return table[[*about, *table.columns.difference(about, sort=False)]]
 
+    def table(self, make: Callable[[], "pd.DataFrame"]) -> "pd.DataFrame":
+        """The table that this run consists of, made now if it has not been."""
+        import pandas as pd
+
+        path = self.folder / "table.parquet"
+        with self.locked():
+            if not self.done:
+                write_parquet(path, make())
+                self.finish()
+        return pd.read_parquet(path)
+
     def finish(self, **manifest_extra: Any) -> None:
         """Write the manifest, with the wall time since `open` and the hash of every file kept, then DONE."""
         kept = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -152,7 +163,7 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 
 @cache
 def _code(kind: str) -> str:
-    """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl) depend on."""
+    """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl; others as rows) depend on."""
     others = {
         "__main__",
         "bench",

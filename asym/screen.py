@@ -6,15 +6,16 @@ from asym import models
 from asym.coupling import screening
 from asym.credit import policy_gradients
 from asym.data import load_split, task_of
-from asym.evaluate import measure
+from asym.evaluate import measure, rows_run
 from asym.params import Params
 from asym.rewards import SURROGATES, with_surrogates
-from asym.runs import Run, repo_root, write_parquet
+from asym.runs import Run, repo_root
 from asym.self_rewards import SELF_REWARDS, Policy, with_self_rewards
 from asym.sft import threads
 
 NAMES = [reward.__name__ for reward in (*SURROGATES, *SELF_REWARDS)]
-GRADIENTS = ["perception", "outcome", *NAMES]  # rewards whose policy gradients are compared
+GRADIENTS = ["perception", "perception_graded", "mixed", "outcome", *NAMES]  # whose policy gradients are compared
+KEYS = ["mode", "problem_id", "rollout"]
 
 
 def scored_rollouts(p: Params, start: Run, task: str, seed: int) -> pd.DataFrame:
@@ -23,40 +24,41 @@ def scored_rollouts(p: Params, start: Run, task: str, seed: int) -> pd.DataFrame
     Counterfactual rollouts are among the rows, their surrogates nan. From the run's cache where they exist.
     """
     rows = measure(p, start, task, "rl", "start", seed, split="train_rl", rollouts=p.coupling_rollouts)
-    keys = ("max_new_tokens", "eval_batch", "n_train_rl", "n_coupling", "coupling_rollouts", "rl_temperature")
-    config = {key: getattr(p, key) for key in keys} | {"start": start.folder.name, "task": task, "seed": seed}
-    run = Run.open(repo_root(), f"rl-screen-{task}", config)
-    path = run.folder / "rewards.parquet"
-    with run.locked():
-        if not run.done:
-            own = rows[rows["mode"] == "end_to_end"]
-            policy = Policy(*models.load(start.checkpoint), p.max_new_tokens, p.eval_batch)
-            with threads(p.threads):
-                found = with_surrogates(task_of(p, task), own)
-                found = with_self_rewards(task_of(p, task), found, load_split(p, task, "train_rl", seed), policy)
-            write_parquet(path, found[["mode", "problem_id", "rollout", *NAMES]])
-            run.finish()
-    return rows.merge(pd.read_parquet(path), how="left", on=["mode", "problem_id", "rollout"], validate="one_to_one")
+
+    def scores() -> pd.DataFrame:
+        own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, "train_rl", seed)
+        policy = Policy(*models.load(start.checkpoint), p.max_new_tokens, p.eval_batch)
+        with threads(p.threads):
+            found = with_self_rewards(task_of(p, task), with_surrogates(task_of(p, task), own), data, policy)
+        return found[[*KEYS, *NAMES]]
+
+    about = {"rows": rows_run(p, start, task, seed, "train_rl", p.coupling_rollouts).folder.name}
+    scored = Run.open(repo_root(), f"rl-screen-{task}", about).table(scores)
+    return rows.merge(scored, how="left", on=KEYS, validate="one_to_one")
 
 
 def reward_gradients(p: Params, start: Run, task: str, seed: int) -> pd.DataFrame:
-    """`credit.policy_gradients` of the first `p.n_gradient` problems of `scored_rollouts`; adds task, family, seed."""
+    """`credit.policy_gradients` of the rollouts of the first `p.n_gradient` problems, beside the rewards `GRADIENTS`.
+
+    "mixed" is what an arm of α = ½ is paid.
+    """
     scored = scored_rollouts(p, start, task, seed)
-    own = scored[scored["mode"] == "end_to_end"].rename(columns={"a": "outcome", "a_p": "perception"})
-    own = own[own.problem_id.isin(own.problem_id.unique()[: p.n_gradient])]
-    keys = ("n_gradient", "max_new_tokens", "n_train_rl", "coupling_rollouts", "rl_temperature", "trained_parts")
-    config = {key: getattr(p, key) for key in keys} | {"start": start.folder.name, "task": task, "seed": seed}
-    run = Run.open(repo_root(), f"rl-gradients-{task}", config)
-    path = run.folder / "gradients.parquet"
-    with run.locked():
-        if not run.done:
-            data = load_split(p, task, "train_rl", seed)
-            with threads(p.threads):
-                model, processor = models.load(start.checkpoint)
-                asked = (model, processor, own, data, GRADIENTS, p.trained_parts, seed, f"gradients {task}")
-                write_parquet(path, policy_gradients(*asked))
-            run.finish()
-    return pd.read_parquet(path).assign(task=task, family=p.family, seed=seed)
+    own = scored[(scored["mode"] == "end_to_end") & scored.problem_id.isin(scored.problem_id.unique()[: p.n_gradient])]
+
+    def gradients() -> pd.DataFrame:
+        with threads(p.threads):
+            asked = own.assign(ended=own.n_tokens < p.max_new_tokens), load_split(p, task, "train_rl", seed)
+            label = f"gradients {task}"
+            return policy_gradients(
+                *models.load(start.checkpoint), *asked, p.trained_parts, p.rl_temperature, seed, label
+            )
+
+    about = {"rows": rows_run(p, start, task, seed, "train_rl", p.coupling_rollouts).folder.name}
+    about |= {"n_gradient": p.n_gradient, "trained_parts": p.trained_parts}
+    found = Run.open(repo_root(), f"rl-gradients-{task}", about).table(gradients)
+    paid = {"a": "outcome", "a_p": "perception", "a_p_graded": "perception_graded"}
+    own = own.rename(columns=paid).assign(mixed=(own.a + own.a_p) / 2)
+    return found.merge(own, on=["problem_id", "rollout"], validate="one_to_one")
 
 
 def screen(p: Params, start: Run, task: str) -> pd.DataFrame:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asym.decode import complete
 from asym.scoring import read, score
-from asym.sft import SegmentCollator
+from asym.sft import SegmentCollator, token_losses
 from asym.tasks import Task
 from asym.transcript import PERCEPTION, prefill, split
 
@@ -84,13 +83,9 @@ def _begun(task: Task, problem: Any, completion: str) -> str:
 @torch.no_grad()
 def perception_likelihood(policy: Policy, rows: list[dict[str, Any]]) -> torch.Tensor:
     """Mean log-likelihood of the perception tokens of each row (query, image, response): (B,), nats."""
-    batch = SegmentCollator(policy.processor)(rows)
-    seen = (batch.pop("segments") == PERCEPTION)[:, 1:]
-    labels = batch.pop("labels")[:, 1:]
-    given = {name: values.to(policy.model.device) for name, values in batch.items()}
-    logits = policy.model(**given, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels.to(logits.device), reduction="none").cpu()
-    return -(losses * seen).sum(1) / seen.sum(1)
+    losses, segments = token_losses(policy.model, SegmentCollator(policy.processor)(rows))
+    seen = segments == PERCEPTION
+    return (-(losses * seen).sum(1) / seen.sum(1)).cpu()
 
 
 SELF_REWARDS = (self_blindfold, image_dependence)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class SegmentCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [row["image"] for row in rows if row.get("image")]
         prompts = [chat(self.processor, row["query"], bool(row.get("image"))) for row in rows]
-        batch = self.processor(text=prompts, images=images or None)
+        batch = self.processor(text=prompts, images=images or None, return_mm_token_type_ids=True)
         tokenizer = self.processor.tokenizer
         columns = {name: [] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "segments")}
         responses = [row["response"] for row in rows]
@@ -83,7 +84,7 @@ class SegmentCollator:
             for name, column in columns.items()
         }
         batch.pop("attention_mask")
-        return padded | {name: torch.as_tensor(values) for name, values in batch.items()}
+        return padded | {name: torch.as_tensor(np.asarray(values)) for name, values in batch.items()}
 
 
 class SegmentSFTTrainer(SFTTrainer):
@@ -231,6 +232,17 @@ class SegmentSFTTrainer(SFTTrainer):
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+def token_losses(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every next token of a `SegmentCollator`'s batch, 0 where there is no label, and its segment.
+
+    Both (B, T - 1). The batch is left as it is.
+    """
+    given = {name: values.to(model.device) for name, values in batch.items()}
+    segments, labels = given.pop("segments")[:, 1:], given.pop("labels")[:, 1:]
+    logits = model(**given, use_cache=False).logits[:, :-1].float() / temperature
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), segments
 
 
 def _by_length(inputs: dict[str, torch.Tensor]) -> Iterator[tuple]:

@@ -150,23 +150,25 @@ def gradient_directions(table: pd.DataFrame) -> Figure:
 
     From the table of `credit.gradient_table`.
     """
-    rewards = ["perception", "outcome", *figures.ordered(set(table.reward) - {"perception", "outcome"})]
+    rewards = [name for name in ("perception", "perception_graded", "mixed", "outcome") if name in set(table.reward)]
+    rewards += figures.ordered(set(table.reward) - set(rewards))
     rows = {"cosine": "cosine with the perception gradient", "signal_to_noise": "signal-to-noise per prompt group"}
     height = 0.5 * len(rewards) + 1.2
     fig, axes = figures.panels(list(rows), figures.tasks_of(table), 7, height, sharex="row", sharey=True)
     for (measure, task), ax in axes.items():
         part = table[(table.task == task) & (table.measure == measure)].set_index("reward").reindex(rewards)
-        special = {"perception": figures.PERCEPTION, "outcome": figures.END_TO_END}
+        special = dict.fromkeys(("perception", "perception_graded"), figures.PERCEPTION)
+        special |= dict.fromkeys(("outcome", "mixed"), figures.END_TO_END)
         for place, line in enumerate(part.itertuples()):
             color = special.get(line.Index, figures.SURROGATE)
             ax.hlines(place, line.low, line.high, color=color, lw=3)
             ax.plot(line.estimate, place, "o", color=color, ms=11)
         ax.axvline(0, color="black", lw=1)
-        names = {"perception": "exact perception", "outcome": "outcome"}
+        names = {"perception": "exact perception", "perception_graded": "graded perception", "mixed": "α = 0.5"}
         ax.set_yticks(range(len(rewards)), [names.get(each, figures.display(each)) for each in rewards])
         ax.set(title=figures.TASKS.get(task, task) if measure == "cosine" else "", xlabel=rows[measure])
         ax.set_ylim(len(rewards) - 0.5, -0.5)
-        if measure == "cosine" or part.estimate.isna().all():
+        if part.estimate.isna().all():
             ax.set_xlim(-0.5, 1.05)
     fig.suptitle(f"Which way a reward's policy gradient points ({figures.counted(table.n.max(), 'problem')})")
     return fig

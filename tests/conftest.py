@@ -6,6 +6,9 @@ os.environ["ASYM_PROGRESS"] = "off"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from functools import cache
+from typing import get_args
+
 import hypothesis
 import pytest
 
@@ -15,7 +18,8 @@ from asym.params import Params
 hypothesis.settings.register_profile("asym", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("asym")
 
-ROOMS = ("data", "sft", "base", "evaluate", "rl")  # those that open run folders
+FAMILIES = get_args(Params.model_fields["family"].annotation)
+ROOMS = ("data", "sft", "base", "evaluate", "rl", "screen")  # those that open run folders
 
 
 def _tiny(**changes) -> Params:
@@ -41,15 +45,25 @@ def root(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """The finished run of a tiny base for both tasks, through both of its stages."""
+def bases(tmp_path_factory):
+    """The finished run of a tiny base of a family for both tasks, through both of its stages, made when first asked."""
     from asym.base import train_base
 
-    folder = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
-        for room in ROOMS:
-            patch.setattr(f"asym.{room}.repo_root", lambda: folder)
-        return train_base(_tiny(), 0)
+    @cache
+    def base_of(family: str):
+        folder = tmp_path_factory.mktemp("base")
+        with pytest.MonkeyPatch.context() as patch:
+            for room in ROOMS:
+                patch.setattr(f"asym.{room}.repo_root", lambda: folder)
+            return train_base(_tiny(family=family), 0)
+
+    return base_of
+
+
+@pytest.fixture(scope="session")
+def base(bases):
+    """The tiny base of the first family."""
+    return bases(FAMILIES[0])
 
 
 @pytest.fixture
@@ -66,9 +80,9 @@ def drawing():
     plt.close("all")
 
 
-@pytest.fixture
-def vlm(base):
-    """(model, processor) of the tiny base, fresh for every test."""
+@pytest.fixture(params=FAMILIES)
+def vlm(request, bases):
+    """(model, processor) of the tiny base of either family, fresh for every test."""
     from asym import models
 
-    return models.load(base.checkpoint)
+    return models.load(bases(request.param).checkpoint)

@@ -125,7 +125,6 @@ def test_a_wrong_request_starts_nothing(arguments, message):
 
 
 def test_screen_ranks_the_surrogates_of_a_checkpoint(base, root, monkeypatch, capsys):
-    monkeypatch.setattr("asym.screen.repo_root", lambda: root)
     sizes = ["n_train_rl=2", "n_coupling=2", "coupling_rollouts=2", "max_new_tokens=8", "image_size=32", "bootstrap=10"]
     asked = ["screen", "params/smoke.yaml", "--model", str(base.checkpoint), "--task", "sudoku", "--set", *sizes]
     monkeypatch.chdir(repo_root())
@@ -134,7 +133,7 @@ def test_screen_ranks_the_surrogates_of_a_checkpoint(base, root, monkeypatch, ca
     assert "self_blindfold" in table
     assert "within_group" in table
     assert main([*asked[:3], "nowhere", *asked[4:]]) == 2
-    assert "start_model = 'nowhere': must be the folder of a checkpoint" in capsys.readouterr().err
+    assert "nowhere': must be the folder of a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["screen"], ["score"]])

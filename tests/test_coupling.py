@@ -104,13 +104,14 @@ def test_screening_ranks_surrogates_by_their_correlation_with_perception(rollout
 
 
 def test_across_checkpoints_the_outcome_follows_what_varies():
-    """Three checkpoints that differ in perception alone: the outcome rises with it, whatever reasoning does."""
-    rates = {0: (0.2, 0.8), 1: (0.5, 0.8), 2: (0.9, 0.8)}
+    """Five checkpoints that differ in perception alone: the outcome rises with it, whatever reasoning does."""
+    rates = {step: (0.2 + 0.15 * step, 0.8) for step in range(5)}
     rows = [responses({"ngdiff": rate}, problems=400, stream=step).assign(step=step) for step, rate in rates.items()]
     table = coupling.checkpoint_coupling(pd.concat(rows), 200).set_index("pair")
     assert table.low["outcome~perception"] > 0.95
     assert table.high["outcome~reasoning"] - table.low["outcome~reasoning"] > 0.5
-    assert set(table.checkpoints) == {3}
+    assert set(table.checkpoints) == {5}
     assert set(table.n) == {400}
     means = pd.concat(rows).query("mode == 'end_to_end'").groupby("step")[["a", "a_p"]].mean()
     assert table.r["outcome~perception"] == pytest.approx(means.a.corr(means.a_p), abs=1e-5)
+    assert coupling.checkpoint_coupling(pd.concat(rows[:4]), 10).r.isna().all()

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from asym import credit
 from asym.credit import (
     SKETCH,
     gradient_table,
@@ -74,67 +75,93 @@ def test_only_a_reweighted_arm_has_a_weight(arm, weight):
     assert weight_of(arm) == weight
 
 
-def test_policy_gradients_are_those_of_the_weighted_log_likelihoods(vlm):
+def test_policy_gradients_are_those_of_the_log_likelihoods(vlm):
     model, processor = vlm
     image = Image.new("RGB", (32, 32), "white")
     data = Dataset.from_dict({"problem_id": ["x", "y"], "query": ["Why?", "How?"], "image": [image, image]})
     texts = [compose("[[1, 2]]", "so then", "[1]"), "no tags", compose("[[2]]", "so", "[2]")]
-    rollouts = pd.DataFrame({"problem_id": "y", "completion": texts, "r": [1.0, 0.0, 0.5], "flat": 1.0})
-    found = policy_gradients(model, processor, rollouts, data, ["r", "flat"], ["language"], 3, "")
-    assert found[["problem_id", "reward"]].to_numpy().tolist() == [["y", "r"], ["y", "flat"]]
-    assert not np.any(found.whole[1])
-    assert not np.any(found.seen[1])
+    rollouts = pd.DataFrame({"problem_id": "y", "rollout": [0, 1, 2], "completion": texts})
+    rollouts["ended"] = [True, True, False]
+    found = policy_gradients(model, processor, rollouts, data, ["language"], 0.7, 3, "")
+    assert found[["problem_id", "rollout"]].to_numpy().tolist() == [["y", 0], ["y", 1], ["y", 2]]
+    assert not np.any(found.seen[1])  # it never says what it sees
 
     parameters = [q for name, q in model.named_parameters() if part_of(name) == "language"]
-    advantages = group_advantages(torch.tensor(rollouts.r.to_numpy()), 3)
-    sums = {"whole": 0.0, "seen": 0.0}
-    for text, advantage in zip(texts, advantages, strict=True):  # one by one, from the text
-        prompt = processor(text=[chat(processor, "How?", True)], images=[image], return_tensors="pt")
-        response = processor.tokenizer(text, return_offsets_mapping=True)
-        ids = torch.tensor([[*response["input_ids"], processor.tokenizer.eos_token_id]])
-        types = torch.cat([prompt.pop("mm_token_type_ids"), torch.zeros_like(ids)], 1)
-        whole = torch.cat([prompt.pop("input_ids"), ids], 1)
-        prompt.pop("attention_mask")
-        logits = model(input_ids=whole, mm_token_type_ids=types, **prompt).logits[0, -ids.shape[1] - 1 : -1]
-        logps = logits.log_softmax(-1).gather(1, ids[0][:, None])[:, 0]
-        spans = [*response["offset_mapping"], (len(text), len(text))]
-        seen = [s == PERCEPTION for s in segment_ids(text, spans)] if "</perception>" in text else [False] * len(ids[0])
-        sums["whole"] += advantage * logps.sum()
-        sums["seen"] += advantage * logps[torch.tensor(seen)].sum()
     generator = torch.Generator().manual_seed(3)
     total = sum(q.numel() for q in parameters)
-    place = torch.randint(SKETCH, (total,), generator=generator)
-    sign = torch.randint(2, (total,), generator=generator) * 2 - 1
-    for name, value in sums.items():
-        flat = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
-        expected = torch.zeros(SKETCH).index_add_(0, place, (flat * sign).float())
-        np.testing.assert_allclose(found[name][0], expected, atol=1e-4 * float(expected.abs().max()))
-        assert np.linalg.norm(found[name][0]) == pytest.approx(flat.norm().item(), rel=0.2)  # a hash keeps norms
+    bucket = torch.randint(SKETCH, (total,), generator=generator, dtype=torch.int32)
+    sign = torch.randint(2, (total,), generator=generator, dtype=torch.int8) * 2 - 1
+    for row, text in enumerate(texts):  # from the text, without the collator
+        prompt = processor(text=[chat(processor, "How?", True) + text], images=[image], return_tensors="pt")
+        spans = processor.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        logits = model(**prompt).logits[0] / 0.7
+        whole, n = prompt["input_ids"][0], len(spans)
+        logps = logits[-n - 1 : -1].log_softmax(-1).gather(1, whole[-n:, None])[:, 0]
+        end = logits[-1].log_softmax(-1)[processor.tokenizer.eos_token_id]
+        seen = segment_ids(text, spans) if "</perception>" in text else [0] * n
+        values = {"whole": logps.sum() + end * rollouts.ended[row]}
+        values["seen"] = logps[torch.tensor(seen) == PERCEPTION].sum()
+        for name, value in values.items():
+            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            flat = torch.cat(
+                [
+                    torch.zeros_like(q).flatten() if g is None else g.flatten()
+                    for g, q in zip(grads, parameters, strict=True)
+                ]
+            )
+            expected = torch.zeros(SKETCH).index_add_(0, bucket, flat * sign)
+            np.testing.assert_allclose(found[name][row], expected, atol=1e-4 * float(expected.abs().max()) + 1e-12)
+            assert np.linalg.norm(found[name][row]) == pytest.approx(flat.norm().item(), rel=0.2)  # a hash keeps norms
 
 
 def test_the_table_tells_aligned_rewards_from_noise():
+    """Two rollouts a problem, the first of which saw right: its gradient holds the direction of seeing."""
     rng = np.random.default_rng(0)
     ideal = np.zeros(SKETCH)
     ideal[0] = 1.0
     records = []
     for problem in range(200):
-        noise, other = rng.normal(0, 1 / 64, (2, SKETCH))  # norm about 1
-        for reward, seen in (("perception", ideal + noise), ("half", 0.5 * ideal + other), ("none", other)):
-            records.append({"problem_id": problem, "reward": reward, "whole": seen, "seen": seen})
-    table = gradient_table(pd.DataFrame(records).assign(task="sudoku", family="f", seed=0), 200)
+        lucky = rng.integers(2)
+        for rollout, right in enumerate((1.0, 0.0)):
+            gradient = right * ideal + rng.normal(0, 0.5 / 64, SKETCH)
+            about = {"problem_id": problem, "rollout": rollout, "whole": gradient, "seen": gradient}
+            paid = {"perception": right, "same": 3 * right, "against": -right, "luck": float(rollout == lucky)}
+            records.append(about | paid)
+    gradients = pd.DataFrame(records).assign(task="sudoku", family="f", seed=0)
+    table = gradient_table(gradients, ["perception", "same", "against", "luck"], 200)
     found = table.set_index(["measure", "reward"])
-    assert found.estimate["cosine", "perception"] == 1
-    assert found.low["cosine", "half"] > 0.9
-    assert found.low["cosine", "none"] < 0 < found.high["cosine", "none"]
-    assert found.estimate["signal_to_noise", "perception"] > found.estimate["signal_to_noise", "half"] > 10
-    assert found.low["signal_to_noise", "none"] < 0 < found.high["signal_to_noise", "none"]
-    assert set(found.n) == {200}
+    assert found.estimate["cosine", "perception"] == pytest.approx(1)
+    assert found.estimate["cosine", "same"] == pytest.approx(1, abs=1e-3)
+    assert found.estimate["cosine", "against"] == pytest.approx(-1, abs=1e-3)
+    assert found.low["cosine", "luck"] < 0 < found.high["cosine", "luck"]
+    assert found.low["signal_to_noise", "perception"] > 10
+    assert found.high["signal_to_noise", "against"] < -10
+    assert found.low["signal_to_noise", "luck"] < 0 < found.high["signal_to_noise", "luck"]
+    assert found.n["cosine", "same"] == 200
+    assert found.n["signal_to_noise", "same"] == 100
 
 
-def test_the_yardstick_leaves_out_the_problem_it_judges():
+def test_a_policy_gradient_is_the_advantages_times_the_gradients():
+    rng = np.random.default_rng(1)
+    records = [
+        {"problem_id": k // 3, "rollout": k % 3, "whole": rng.normal(size=SKETCH), "perception": float(k % 2)}
+        for k in range(6)
+    ]
+    frame = pd.DataFrame(records).assign(seed=0)
+    groups = [group for _, group in frame.groupby("problem_id")]
+    first, second = credit._summed(groups, "perception", "whole")
+    advantages = group_advantages(torch.tensor(frame.perception.to_numpy()), 3).numpy()
+    np.testing.assert_allclose(first, sum(a * g for a, g in zip(advantages[:3], frame.whole[:3], strict=True)))
+    np.testing.assert_allclose(second, sum(a * g for a, g in zip(advantages[3:], frame.whole[3:], strict=True)))
+
+
+def test_the_yardstick_is_made_of_other_problems_than_it_judges():
     """A perception gradient of pure noise has no signal of its own, however well it fits itself."""
-    noise = np.random.default_rng(0).normal(size=(60, SKETCH))
-    rows = [{"problem_id": k, "reward": "perception", "whole": g, "seen": g} for k, g in enumerate(noise)]
-    table = gradient_table(pd.DataFrame(rows).assign(task="sudoku", family="f", seed=0), 200)
+    noise = np.random.default_rng(0).normal(size=(120, SKETCH))
+    rows = [
+        {"problem_id": k // 2, "rollout": k % 2, "whole": g, "seen": g, "perception": float(k % 2)}
+        for k, g in enumerate(noise)
+    ]
+    table = gradient_table(pd.DataFrame(rows).assign(task="sudoku", family="f", seed=0), ["perception"], 200)
     signal = table[table.measure == "signal_to_noise"].iloc[0]
-    assert abs(signal.estimate) < 0.5
+    assert signal.low < 0 < signal.high

@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
@@ -29,6 +31,10 @@ from asym.params import Params
 from asym.transcript import TAGS
 
 WIDTH = {"hidden_size": 128, "layers": 4, "heads": 4, "vision_hidden_size": 96, "vision_layers": 3}
+FAMILIES = {
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLProcessor),
+    "internvl": (InternVLForConditionalGeneration, InternVLProcessor),
+}
 patient = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 
 
@@ -64,12 +70,12 @@ def wrapped(model, rank=2):
     return adapted
 
 
-def test_the_cpu_study_has_a_real_qwen3_vl_of_one_to_two_million_parameters(texts):
-    p = Params().model_copy(update=WIDTH)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cpu_study_has_a_real_model_of_one_to_two_million_parameters(texts, family):
+    p = Params(family=family).model_copy(update=WIDTH)
     processor = build_processor(texts, p)
     model = build_model(processor, p, 0)
-    assert type(processor) is Qwen3VLProcessor
-    assert type(model) is Qwen3VLForConditionalGeneration
+    assert (type(model), type(processor)) == FAMILIES[family]
     assert 1_000_000 < model.num_parameters() < 2_000_000
     out = model(**prompt(processor, [Image.new("RGB", (64, 64))]))
     assert out.logits.isfinite().all()
@@ -102,9 +108,12 @@ def test_a_saved_model_is_the_same_through_the_auto_classes(vlm, inputs, tmp_pat
 def test_every_image_becomes_as_many_tokens_as_features(vlm, size):
     model, processor = vlm
     inputs = prompt(processor, [Image.new("RGB", (size, size))] * 2)
-    features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    features = model.get_image_features(**images).pooler_output
     tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
-    assert tokens == len(torch.cat(tuple(features))) == 2 * (32 // 8 // 2) ** 2
+    assert tokens == len(torch.cat(tuple(features)))
+    if size == 32 or "image_grid_thw" in inputs:  # InternVL cuts a larger image into tiles
+        assert tokens == 2 * (32 // 8 // 2) ** 2
 
 
 def test_masking_the_image_changes_the_logits(vlm, inputs):
@@ -126,18 +135,19 @@ def test_padding_on_the_left_changes_nothing(vlm, inputs):
     torch.testing.assert_close(logits(model, both)[1, -1], logits(model, inputs)[0, -1], atol=1e-5, rtol=1e-4)
 
 
-def test_the_chat_frame_is_that_of_qwen(vlm):
+def test_the_chat_frame_is_that_of_the_family(vlm):
     frame = chat(vlm[1], "Why?", image=True)
-    start = "<|im_start|> user\n<|vision_start|><|image_pad|><|vision_end|>Why?<|im_end|>\n"
-    assert frame == start + "<|im_start|> assistant\n"
-    assert chat(vlm[1], "Why?", image=False) == frame.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+    image = {"qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>", "internvl": "<IMG_CONTEXT>\n"}
+    image = image[vlm[0].config.model_type]
+    assert frame == f"<|im_start|> user\n{image}Why?<|im_end|>\n<|im_start|> assistant\n"
+    assert chat(vlm[1], "Why?", image=False) == frame.replace(image, "")
 
 
 def test_image_tokens_are_single_tokens_a_policy_must_not_write(vlm):
     model, processor = vlm
     ids = image_token_ids(processor)
-    assert processor.tokenizer.convert_ids_to_tokens(ids) == list(IMAGE_TOKENS)
-    assert {model.config.image_token_id, model.config.video_token_id} < set(ids)
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == list(IMAGE_TOKENS[model.config.model_type])
+    assert model.config.image_token_id in ids
     assert not {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id} & set(ids)
 
 
@@ -145,7 +155,7 @@ def test_image_tokens_are_single_tokens_a_policy_must_not_write(vlm):
 
 
 def tokenizer_of(texts=("<perception>[[1, 2]]</perception> row 1 2",)):
-    return build_tokenizer(texts)
+    return build_tokenizer(texts, "qwen3_vl")
 
 
 TOKENIZER = tokenizer_of()
@@ -181,9 +191,10 @@ def test_a_tag_is_one_ordinary_token_wherever_it_stands(tag):
 
 
 @pytest.mark.parametrize("parts", [["language"], ["projector"], ["vision"], ["language", "vision"]])
-def test_training_is_limited_to_some_parts_with_and_without_lora(tiny, base, parts):
-    names = {"language": "language_model", "projector": "merger", "vision": "visual"}
-    model, _ = load(base.checkpoint)
+def test_training_is_limited_to_some_parts_with_and_without_lora(tiny, vlm, parts):
+    model, names = vlm[0], {"language": "language_model", "projector": "merger", "vision": "visual"}
+    if model.config.model_type == "internvl":
+        names |= {"projector": "multi_modal_projector", "vision": "vision_tower"}
     assert prepare_training(model, tiny(trained_parts=parts)) is None
     for adapted in (model, get_peft_model(model, prepare_training(model, tiny(trained_parts=parts, lora_rank=2)))):
         trained = [name for name, q in adapted.named_parameters() if q.requires_grad]
@@ -196,7 +207,7 @@ def test_lora_reaches_language_and_vision_and_is_none_at_rank_0(vlm):
     assert prepare_training(vlm[0], Params()) is None
     names = [name for name, q in wrapped(vlm[0]).named_parameters() if q.requires_grad]
     assert all("lora_" in name for name in names)
-    assert any("visual" in name for name in names)
+    assert any(models.part_of(name) == "vision" for name in names)
     assert any("language_model" in name for name in names)
 
 
@@ -208,7 +219,7 @@ def test_a_saved_adapter_comes_back_merged(vlm, inputs, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "model.safetensors").exists()
     merged, _ = load(tmp_path)
-    assert type(merged) is Qwen3VLForConditionalGeneration
+    assert type(merged) is type(model)
     torch.testing.assert_close(logits(merged, inputs), logits(adapted, inputs), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(logits(merged, inputs), plain, atol=1e-3)
 

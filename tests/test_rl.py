@@ -70,7 +70,7 @@ def test_rollouts_keep_their_groups_texts_and_every_reward(tiny, start, root, sc
     script(responses)
     run = train_arm(p, start, task, arm, 0)
     rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
-    assert list(rollouts) == [*COLUMNS, *NAMES, "advantage"]
+    assert list(rollouts) == [*COLUMNS, *NAMES, "advantage_perception", "advantage"]
     assert len(rollouts) == 2 * 2 * 4
     groups = list(rollouts.groupby(["step", "problem_id"], sort=False))
     assert [list(group.rollout) for _, group in groups] == [[0, 1, 2, 3]] * 4
@@ -123,6 +123,11 @@ def test_credit_arms_give_every_token_its_advantage(tiny, start, root, script, m
         advantages = inputs["advantages"][row]
         (one,), (other,) = advantages[seen[row]].unique(), advantages[written[row] & ~seen[row]].unique()
         assert any((one.item(), other.item()) == pytest.approx(pair, abs=2e-3) for pair in expected)
+    stored = rollouts[["advantage_perception", "advantage"]].round(3).to_numpy().tolist()
+    given = [
+        [inputs["advantages"][row, 0].item(), inputs["advantages"][row][written[row]][-1].item()] for row in range(8)
+    ]
+    assert sorted(stored) == sorted([round(value, 3) for value in pair] for pair in given)
 
 
 @pytest.mark.parametrize("arm", ["self_blindfold", "image_dependence"])
@@ -131,7 +136,7 @@ def test_an_arm_paid_for_asking_the_model_logs_what_it_was_paid(tiny, start, roo
     script(mixed_responses(p, "sudoku"))
     run = train_arm(p, start, "sudoku", arm, 0)
     rollouts = pd.read_parquet(run.folder / "rollouts.parquet")
-    assert list(rollouts) == [*COLUMNS, *NAMES, arm, "advantage"]
+    assert list(rollouts) == [*COLUMNS, *NAMES, arm, "advantage_perception", "advantage"]
     assert rollouts[arm].between(0, 1).all()
     assert run.metrics()[f"reward_{arm}"][0] == pytest.approx(rollouts[arm].mean(), abs=1e-6)
     assert run.metrics().reward[0] == pytest.approx((rollouts[arm] + rollouts.outcome).mean() / 2, abs=1e-6)

@@ -146,7 +146,7 @@ def test_rows_without_image_or_perception_are_all_reasoning(vlm, rows):
     text = {"query": "Why?", "response": "Because."}
     batch = SegmentCollator(vlm[1])([text, rows[0]])
     assert set(batch["segments"][0].tolist()) == {0, REASONING}
-    assert len(batch["image_grid_thw"]) == 1
+    assert len(batch.get("image_grid_thw", batch["pixel_values"])) == 1
     assert "pixel_values" not in SegmentCollator(vlm[1])([text, text])
 
 
@@ -169,12 +169,13 @@ def test_parts_of_a_batch_are_its_rows_cut_and_give_what_the_whole_gives(vlm, ro
             torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_unknown_to_decode_trains_on_whole_batches(vlm, base, rows, tmp_path, monkeypatch):
+def test_a_model_unknown_to_decode_trains_on_whole_batches(vlm, rows, tmp_path, monkeypatch):
     model, processor = vlm
     known, _ = train(tmp_path / "known", model, processor, rows, NGDiff())
     monkeypatch.setattr("asym.decode.KNOWN", ())
     monkeypatch.setattr(sft, "_by_length", None)
-    unknown, _ = train(tmp_path / "unknown", models.load(base.checkpoint)[0], processor, rows, NGDiff())
+    again, _ = models.load(Path(model.name_or_path))
+    unknown, _ = train(tmp_path / "unknown", again, processor, rows, NGDiff())
     assert_same(known[0], unknown[0])
 
 
@@ -182,11 +183,11 @@ def test_a_model_unknown_to_decode_trains_on_whole_batches(vlm, base, rows, tmp_
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (4, 1)])
-def test_token_averaged_is_the_stock_trainer(vlm, base, rows, tmp_path, batch, accumulation):
+def test_token_averaged_is_the_stock_trainer(vlm, rows, tmp_path, batch, accumulation):
     """Loss, gradients and weights of two steps; the first is probed with the prefix pass, the second is not."""
     model, processor = vlm
-    other, _ = models.load(base.checkpoint)
-    other.accepts_loss_kwargs = True  # else, for Qwen3-VL, it takes means of micro-batch means when accumulating
+    other, _ = models.load(Path(model.name_or_path))
+    other.accepts_loss_kwargs = True  # else, for these models, it takes means of micro-batch means when accumulating
     settings = {"batch": batch, "accumulation": accumulation, "steps": 2}
     stock, stock_trainer = train(tmp_path / "stock", other, processor, rows, **settings)
     ours, trainer = train(tmp_path / "ours", model, processor, rows, TokenAveraged(), **settings)

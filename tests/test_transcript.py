@@ -22,7 +22,7 @@ patient = settings(deadline=None, derandomize=True, suppress_health_check=[Healt
 def tokenizer(request):
     """The project's own tokenizer, whose tags are tokens; and one that knows no tags, as the released models'."""
     if request.param == "small":
-        return build_tokenizer([RESPONSE] * 3)
+        return build_tokenizer([RESPONSE] * 3, "qwen3_vl")
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(QWEN), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])

@@ -69,5 +69,5 @@ def test_gradient_directions_stand_in_one_order_with_their_intervals():
     table = index.to_frame(index=False).assign(family="f", estimate=0.4, low=0.2, high=0.5, n=16, seeds=1)
     fig = trends.gradient_directions(table)
     names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
-    assert names == ["exact perception", "outcome", "validity"]
+    assert names == ["exact perception", "outcome only", "validity"]
     assert line(fig.axes[0], figures.PERCEPTION).get_xdata().tolist() == [0.4]
