@@ -163,9 +163,7 @@ def as_trl(reward: Reward, task: Task, policy: Policy | None = None) -> Callable
 
 def arms(p: Params) -> list[str]:
     """The RL arms of a study."""
-    mixed = [
-        f"{name}_{value:g}" for name, values in (("alpha", p.alphas), ("graded", p.graded_alphas)) for value in values
-    ]
+    mixed = [f"alpha_{value:g}" for value in p.alphas] + [f"graded_{value:g}" for value in p.graded_alphas]
     return ["outcome", *mixed, *p.surrogates, *p.credits]
 
 
@@ -177,8 +175,7 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
     if not p.start_model:
         return _chosen_start(p, base, task, seed)
     folder = (repo_root() / Path(p.start_model).expanduser()).resolve()
-    found = sorted(folder.glob("*config.json"))
-    if not {"config.json", "adapter_config.json"} & {path.name for path in found}:
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
     run = Run.open(repo_root(), "model", {"folder": str(folder), "files": files})  # its hash names it in later runs

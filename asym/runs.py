@@ -164,19 +164,9 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 @cache
 def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl; others as rows) depend on."""
-    others = {
-        "__main__",
-        "bench",
-        "claims",
-        "coupling",
-        "figures",
-        "growth",
-        "imbalance",
-        "parallel",
-        "params",
-        "stats",
-    }
-    others |= {"study", "trends"}  # these draw, judge and drive; what a run is told by params.py is in its config
+    # These draw, judge and drive; what a run is told by params.py is in its config
+    others = {"__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel"}
+    others |= {"params", "stats", "study", "trends"}
     if kind != "rl":
         others |= {"rewards", "self_rewards", "credit", "screen", "rl"}
     if kind in ("data", "base", "sft"):

@@ -71,3 +71,14 @@ def test_gradient_directions_stand_in_one_order_with_their_intervals():
     names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert names == ["exact perception", "outcome only", "validity"]
     assert line(fig.axes[0], figures.PERCEPTION).get_xdata().tolist() == [0.4]
+
+
+def test_the_alpha_frontier_joins_outcome_only_and_the_weights_in_order():
+    arms = {"outcome": 40.0, "alpha_1": 60.0, "alpha_0.5": 50.0, "graded_0.5": 55.0, "validity": 10.0}
+    index = pd.MultiIndex.from_product([TASKS, arms, ["a", "a_p", "a_r"]], names=["task", "arm", "measure"])
+    table = index.to_frame(index=False).assign(family="f", n=16, seeds=1)
+    table["estimate"] = table.arm.map(arms)
+    fig = trends.alpha_frontier(table.assign(low=table.estimate - 1, high=table.estimate + 1))
+    drawn = [(each.get_xdata().tolist(), each.get_ydata().tolist()) for each in fig.axes[0].lines]
+    assert ([0, 0.5, 1], [40, 50, 60]) in drawn
+    assert ([0, 0.5], [40, 55]) in drawn
