@@ -1,5 +1,5 @@
-"""The command line: `python -m asym run` executes a study, `screen` ranks label-free rewards on a checkpoint, `bench`
-measures speed, `score` scores responses.
+"""The command line: `python -m asym run` executes a study, `screen` ranks label-free rewards on a checkpoint,
+`data export` writes its data for others, `bench` measures speed, `score` scores responses.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
@@ -84,6 +84,15 @@ def _screen(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    p = Params.load(args.params, dict(args.set))
+    from asym.data import export
+
+    for folder in export(p, Path(args.to)):
+        print(folder)
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from asym.tasks import get_task
 
@@ -135,15 +144,12 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,screen,bench,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,screen,data,bench,score}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
     run.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names start so, such as 03 04")
-    run.add_argument(
-        "--set", nargs="+", action="extend", type=_assignment, default=[], metavar="key=value",
-        help="replace parameters of the file; values as in YAML, such as lambdas=[0.1,0.5]",
-    )  # fmt: skip
+    _add_set(run, "lambdas=[0.1,0.5]")
     run.set_defaults(command=_run)
 
     screen = commands.add_parser(
@@ -152,11 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     screen.add_argument("params", nargs="?", default="params/cpu.yaml", help="problems, drawings and limits are its")
     screen.add_argument("--model", required=True, help="folder of a checkpoint that answers in the study's format")
     screen.add_argument("--task", required=True, help="sudoku or graph_coloring")
-    screen.add_argument(
-        "--set", nargs="+", action="extend", type=_assignment, default=[], metavar="key=value",
-        help="replace parameters of the file, such as n_coupling=100 coupling_rollouts=16",
-    )  # fmt: skip
+    _add_set(screen, "n_coupling=100 coupling_rollouts=16")
     screen.set_defaults(command=_screen)
+
+    data = commands.add_parser("data", help="write data in the published schema")
+    export = data.add_subparsers(required=True, metavar="{export}").add_parser(
+        "export", help="write a study's splits", description=_EXPORT, formatter_class=_Verbatim
+    )
+    export.add_argument("params", help="parameter file of the study, such as params/cpu.yaml")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="a folder in it per task, each a data set")
+    _add_set(export, "n_train_sft=100 seeds=[1]")
+    export.set_defaults(command=_export)
 
     bench = commands.add_parser(
         "bench", help="measure speed beside the stock trainers", description=_BENCH, formatter_class=_Verbatim
@@ -171,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_set(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "--set", nargs="+", action="extend", type=_assignment, default=[], metavar="key=value",
+        help=f"replace parameters of the file; values as in YAML, such as {example}",
+    )  # fmt: skip
+
+
 _Verbatim = argparse.RawDescriptionHelpFormatter
 _RUN = """\
 Execute the notebooks in order with the parameters of a file and write results/<study>/.
@@ -179,6 +198,9 @@ _SCREEN = """\
 Sample rollouts of a checkpoint on RL training problems, score them with every label-free perception reward, and
 print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,
 for exact and graded perception, and its rank. A reward that does not vary has no r."""
+_EXPORT = """\
+Write the splits of a study as data sets with the published columns (query, image, ground_truth, response) and a card,
+one folder per task: `datasets.load_dataset(FOLDER/sudoku)` reads it, and so does a study with `data: FOLDER/sudoku`."""
 _BENCH = """\
 Measure training, rollouts, evaluation and data synthesis beside what one would otherwise run, in turns,
 print the table and write results/bench. Needs an idle machine, the extra [bench], and a quarter of an hour; more

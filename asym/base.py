@@ -1,15 +1,14 @@
 """The base: a small VLM with a strong language side and a weaker eye, made in the two stages of a real one.
 
 Language: puzzles as text, half told in words (the response first restates them as JSON), half JSON from the start; the
-response reasons, at times verifies the solution in one round, and answers. Vision: clean drawings of scenes that
-cannot be guessed, to be transcribed; puzzles as text stay in the mix, so that they are not forgotten. Both tasks share
-one base. It knows what each tag is for, as a real VLM would, but it has never reasoned about an image nor seen a
-drawing as hard as the study's: that is what post-training adds. This models how a real VLM enters post-training; it is
-a model, not the thing.
+response reasons briefly and answers. Vision: clean drawings of scenes that cannot be guessed, to be transcribed;
+puzzles as text stay in the mix, so that they are not forgotten. Both tasks share one base. It knows what each tag is
+for, as a real VLM would, but it has never reasoned at length, nor about an image, nor seen a drawing as hard as the
+study's: that is what post-training adds. This models how a real VLM enters post-training; it is a model, not the thing.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,13 +36,13 @@ def puzzles_as_text(p: Params, name: str, seed: int) -> Dataset:
     """Puzzles as text: every other one told in words and restated as JSON, the rest JSON from the start.
 
     From words alone the reasoning would learn to look things up in the wording, and fail where only JSON is given, as
-    in a response of the study. A quarter of either kind ends in one round of verification, so that SFT need not teach
-    what that is.
+    in a response of the study. Nothing is verified: were it, SFT would find reasoning at length already there, and
+    only the eye would be left to train.
     """
     task, rows = task_of(p, name), []
     for index, problem in enumerate(itertools.islice(problems(task, "train_base", seed), p.n_train_base)):
         rng = stream(seed, f"{name}/train_base", index, "words")
-        reasoning, answer = task.explain(problem, rng, int(index % 8 > 5), p.variation)
+        reasoning, answer = task.explain(problem, rng, 0, p.variation)
         response = "\n".join((tagged("reasoning", reasoning), tagged("answer", answer)))
         if index % 2:
             rows.append({"query": _as_json(task, problem), "response": response})
@@ -57,6 +56,11 @@ def _as_json(task: Task, problem: Any) -> str:
     return f"{asked}: {task.transcribe(problem)}"
 
 
+def _in_full(task: Task, told: Callable[[Any], str] | None, problem: Any) -> str:
+    """The prompt with rules and format, and the puzzle itself where no image shows it."""
+    return "\n".join([task.prompt(problem, "full"), *([told(problem)] if told else [])])
+
+
 def scenes(p: Params, name: str, seed: int) -> Dataset:
     """Clean drawings of random scenes with their transcription."""
     task, clean, rows = task_of(p, name), Drawing.at(0.0, p.image_size), []
@@ -68,7 +72,9 @@ def scenes(p: Params, name: str, seed: int) -> Dataset:
 
 
 def train_base(p: Params, seed: int) -> Run:
-    """The finished run of the base's vision stage, both stages trained now if they have not been."""
+    """What post-training starts from: the run of the vision stage, trained now if it has not been, or `p.model`."""
+    if p.model:
+        return Run.linked(repo_root(), models.fetch(p.model))
     keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
     keys += ("n_train_base", "variation", "hidden_size", "layers", "heads", "vision_hidden_size")
     keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")
@@ -88,7 +94,7 @@ def train_base(p: Params, seed: int) -> Run:
         schedule |= {"seed": seed, "optimizer": muon}
         fit(language, "base: language", model, processor, texts, TokenAveraged(), alone, **schedule)
         language.finish()
-    model, processor = models.load(language.checkpoint)
+    model, processor = models.load(language.checkpoint, p)
     drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
     share = round(len(drawings) * TEXT_SHARE / (1 - TEXT_SHARE))
     kept = texts.shuffle(seed=seed).select(range(min(share, len(texts))))
@@ -130,15 +136,18 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
     Returns:
         One row per response: task, family, stage, arm, seed, mode, problem_id, ground_truth, completion, a, a_p,
         a_p_graded, parse_failure. `mode` is transcribe_clean or transcribe_study (drawings; a_p counts) or
-        puzzle_in_words or puzzle_as_json (text; a counts). The completions are in the base's own formats.
+        puzzle_in_words or puzzle_as_json (text; a counts). The completions are in the base's own formats; a released
+        model has none for these tasks and is asked for whole responses.
     """
     task, rows = task_of(p, name), []
     chosen = list(itertools.islice(problems(task, "validation", 0), p.n_validation))
     easy = p.model_copy(update={"difficulty_sudoku": 0.0, "difficulty_graph_coloring": 0.0})
     drawings = {"transcribe_clean": easy, "transcribe_study": p}
-    model, processor = models.load(base.checkpoint)
+    model, processor = models.load(base.checkpoint, p)
     asked = dict.fromkeys(drawings, lambda _: TRANSCRIBE)
     asked |= {"puzzle_in_words": task.describe, "puzzle_as_json": partial(_as_json, task)}
+    if p.model:
+        asked = {mode: partial(_in_full, task, None if mode in drawings else told) for mode, told in asked.items()}
     for mode, query in asked.items():
         rng, queries = stream(0, f"{name}/validation", 0, mode), list(map(query, chosen))
         images = [draw(drawings[mode], name, problem, rng) if mode in drawings else None for problem in chosen]
@@ -146,7 +155,7 @@ def own_format(p: Params, base: Run, name: str) -> pd.DataFrame:
         with threads(p.threads * p.workers):
             completions = complete(model, processor, queries, images, **limits)
         for index, (problem, text) in enumerate(zip(chosen, completions, strict=True)):
-            scores = score(task, problem, _whole(task, mode, problem, text))
+            scores = score(task, problem, text if p.model else _whole(task, mode, problem, text))
             row = {"mode": mode, "problem_id": f"{name}/validation/{index}", "ground_truth": task.ground_truth(problem)}
             row |= {"completion": text, "a": scores.a, "a_p": scores.a_p, "a_p_graded": scores.a_p_graded}
             row["parse_failure"] = scores.parse_failure

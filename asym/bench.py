@@ -107,7 +107,7 @@ def training_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path)
         partial(seconds, *_stock_trainer(p, start, task, scratch)),
         partial(_several, p, start, task, scratch),
     )
-    data, rows = load_split(p, task, "train_sft", p.seeds[0]), SegmentCollator(models.load(start.checkpoint)[1])
+    data, rows = load_split(p, task, "train_sft", p.seeds[0]), SegmentCollator(models.load(start.checkpoint, p)[1])
     tokens = sum(int(rows([data[k]])["attention_mask"].sum()) for k in range(64)) / 64 * p.sft_batch
     rate = lambda timed: lambda: tokens / timed()  # noqa: E731
     steps = lambda timed: lambda: 1 / timed()  # noqa: E731
@@ -119,7 +119,7 @@ def training_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path)
         compare(f"{beside}, as a study runs them", "tokens/s", rate(several), rate(stock), rounds, ">= 1.5"),
         compare(f"{beside} / one on all threads", "tokens/s", rate(several), rate(averaged), rounds, ""),
     ]
-    model, _ = models.load(start.checkpoint)
+    model, _ = models.load(start.checkpoint, p)
     weights, peak = sum(q.numel() for q in model.model.language_model.layers.parameters()), matrix_peak(p.hidden_size)
     for line in lines[2:4]:
         share = 6 * weights * line["ours"] / peak
@@ -146,7 +146,7 @@ def _arm(p: Params, start: Run, task: str, scratch: Path) -> float:
 def _trainer(
     p: Params, start: Run, task: str, scratch: Path, balance: Balance, kind: type = SegmentSFTTrainer
 ) -> tuple[SFTTrainer, _Clock]:
-    model, processor = models.load(start.checkpoint)
+    model, processor = models.load(start.checkpoint, p)
     return clocked(
         kind(
             model=model,
@@ -161,7 +161,7 @@ def _trainer(
 
 
 def _stock_trainer(p: Params, start: Run, task: str, scratch: Path) -> tuple[SFTTrainer, _Clock]:
-    model, processor = models.load(start.checkpoint)
+    model, processor = models.load(start.checkpoint, p)
     data = load_split(p, task, "train_sft", p.seeds[0])
     prompts = [[{"role": "user", "content": query}] for query in data["query"]]
     completions = [[{"role": "assistant", "content": response}] for response in data["response"]]
@@ -214,7 +214,7 @@ def matrix_peak(width: int) -> float:
 
 def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
     """GRPO's rollouts and whole steps beside TRL's trainer: the same arguments, rewards and prompts."""
-    model, processor = models.load(start.checkpoint)
+    model, processor = models.load(start.checkpoint, p)
     models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # both trainers share this model
     arguments = GRPOConfig(
         output_dir=str(scratch / "trainer"),
@@ -290,7 +290,7 @@ def memory_bandwidth() -> float:
 
 def evaluation_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
     """a, a_p and a_r of the validation problems beside three calls of `generate`: answer, perception, given p*."""
-    model, processor = models.load(start.checkpoint)
+    model, processor = models.load(start.checkpoint, p)
     data = load_split(p, task, "validation", 0)
     bad = models.image_token_ids(processor)
 

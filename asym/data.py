@@ -5,15 +5,20 @@ Published: `query, image, ground_truth, response`. Ours beside them: `problem_id
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import pandas as pd
 import PIL.Image
-from datasets import Dataset, Features, Image, Value, disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 
+from asym import published
 from asym.params import Params
-from asym.runs import Run, repo_root
+from asym.published import FEATURES
+from asym.runs import Run, repo_root, write_csv, write_text
 from asym.tasks import Drawing, Task, get_task
 from asym.transcript import compose
 
@@ -22,10 +27,6 @@ SHARES = {"train_base": 0.5, "train_sft": 0.25, "train_rl": 0.1, "validation": 0
 disable_progress_bars()  # conversion takes moments; long work has the study's own bar
 
 ATTEMPTS = 20_000  # draws for one problem before a split counts as exhausted
-FEATURES = Features(
-    {"problem_id": Value("string"), "task": Value("string"), "query": Value("string"), "image": Image()}
-    | {column: Value("string") for column in ("ground_truth", "perception", "response")}
-)
 
 
 def task_of(p: Params, name: str) -> Task:
@@ -98,17 +99,78 @@ def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
 def drawn_by(name: str) -> tuple[str, ...]:
     """The parameters that decide a task's problems, their drawings and their prompts."""
     size = ("sudoku_size", "blanks_min", "blanks_max") if name == "sudoku" else ("vertices_min", "vertices_max")
-    return "prompt_style", "image_size", f"difficulty_{name}", *size
+    return "data", "prompt_style", "image_size", f"difficulty_{name}", *size
 
 
 def load_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     """A split from its parquet file in `runs/`, written first where there is none yet."""
+    run = _split_run(p, name, split, seed)
+    return Dataset.from_parquet(str(run.folder / f"{split}.parquet"), cache_dir=str(run.folder / "cache"))
+
+
+def left_out(p: Params, name: str, split: str, seed: int) -> pd.DataFrame:
+    """The rows of published data that a split does without: columns reason and rows."""
+    return pd.read_csv(_split_run(p, name, split, seed).folder / "left_out.csv")
+
+
+def _split_run(p: Params, name: str, split: str, seed: int) -> Run:
     keys = (*drawn_by(name), "verbosity", "variation", f"n_{split}")
     config = {key: getattr(p, key) for key in keys} | {"task": name, "split": split, "seed": seed}
+    if p.data != "generated":  # then there is nothing to draw, and one data set for every seed
+        config = {"data": p.data, "task": name, "split": split, f"n_{split}": config[f"n_{split}"]}
+        config |= {"n_validation": p.n_validation}  # rows that train_sft may have to give up
     run = Run.open(repo_root(), f"data-{name}-{split}", config)
-    path = run.folder / f"{split}.parquet"
     with run.locked():  # arms side by side come for the same split
         if not run.done:
-            build_split(p, name, split, seed).to_parquet(path)
+            rows, missing = _made(p, name, split, seed)
+            rows.to_parquet(run.folder / f"{split}.parquet")
+            write_csv(run.folder / "left_out.csv", pd.DataFrame(missing.most_common(), columns=["reason", "rows"]))
             run.finish()
-    return Dataset.from_parquet(str(path), cache_dir=str(run.folder / "cache"))
+    return run
+
+
+def _made(p: Params, name: str, split: str, seed: int) -> tuple[Dataset, Counter[str]]:
+    if p.data == "generated":
+        return build_split(p, name, split, seed), Counter()
+    return published.read_split(p, task_of(p, name), split)
+
+
+def export(p: Params, folder: Path) -> list[Path]:
+    """Write the study's splits in the published schema, a data set with its card per task; returns their folders."""
+    written = []
+    for name in p.tasks:
+        target = folder / name
+        sizes = {}
+        for part in (*published.SPLITS, "validation"):
+            rows = load_split(p, name, part, p.seeds[0]).select_columns(list(published.COLUMNS))
+            sizes[part], path = len(rows), target / "data" / f"{part}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows.to_parquet(path)
+        write_text(target / "README.md", _card(p, name, sizes))
+        written.append(target)
+    return written
+
+
+def _card(p: Params, name: str, sizes: dict[str, int]) -> str:
+    files = "".join(f"  - split: {part}\n    path: data/{part}-*\n" for part in sizes)
+    counts = "\n".join(f"| {part} | {count} |" for part, count in sizes.items())
+    knobs = "\n".join(f"- `{key}`: {getattr(p, key)}" for key in (*drawn_by(name), "verbosity", "variation"))
+    return f"""\
+---
+configs:
+- config_name: default
+  data_files:
+{files}tags: [synthetic, visual-reasoning]
+---
+# {name.replace("_", " ").capitalize()}: images whose text and solution are exact
+
+Made by a program from seed {p.seeds[0]}; no problem is in two splits. Columns: `query`, `image`, `ground_truth` (the
+problem, as JSON; an answer is judged from it, so every valid one counts), `response` (perception, reasoning and answer,
+each in its tags).
+
+| split | rows |
+| --- | --- |
+{counts}
+
+{knobs}
+"""

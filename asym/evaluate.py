@@ -69,7 +69,7 @@ COLUMNS += ["a", "a_p", "a_p_graded", "a_own", "parse_failure", "n_tokens"]
 
 def responses(p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int) -> pd.DataFrame:
     """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
-    model, processor = models.load(trained.checkpoint)
+    model, processor = models.load(trained.checkpoint, p)
     task, data = task_of(p, name), load_split(p, name, split, seed)
     if split == "train_rl":
         data = data.select(range(min(p.n_coupling, len(data))))

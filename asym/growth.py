@@ -33,7 +33,7 @@ def growth(p: Params, start: Run, rounds: int = 3) -> pd.DataFrame:
         Columns work, axis, size, seconds (median), low, high (extremes over the rounds), exponent and its standard
         error: the slope of log seconds over log size. The axis "parameters" is the width's, counted.
     """
-    _, processor = models.load(start.checkpoint)
+    _, processor = models.load(start.checkpoint, p)
     rows = load_split(p, "sudoku", "train_sft", p.seeds[0]).select(range(max(SIZES["batch"])))
     records = []
     with threads(p.threads * p.workers), progress("growth", sum(map(len, SIZES.values()))) as bar:

@@ -27,7 +27,7 @@ def measure_shares(
         Columns task, family, seed, stage, arm, step, batch, token_share, loss_share, gradient_share (0..1), and
         loss_perception, loss_reasoning (nats per token).
     """
-    model, processor = models.load(trained.checkpoint)
+    model, processor = models.load(trained.checkpoint, p)
     models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # only what training moves has a say
     model.eval()
     data = load_split(p, task, "train_sft", seed)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -35,7 +37,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from asym.params import Params
+from asym.params import Params, ParamsError
 from asym.transcript import TAGS
 
 disable_progress_bar()  # small checkpoints load in moments; long work has the study's own bar
@@ -211,18 +213,50 @@ def save(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, folder: 
     processor.save_pretrained(folder)
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A checkpoint and its processor; an adapter comes merged into the model it was trained on."""
-    processor = AutoProcessor.from_pretrained(folder)
+def fetch(name: str) -> Path:
+    """The folder of a released model: a folder as it is, a hub id as its snapshot, downloaded where it is not yet.
+
+    Raises ParamsError: there is no such model, no network, no access, or no room for it.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        missing = [kind for kind in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(kind))]
+        if missing:
+            raise ParamsError(f"model = {name!r}: the folder lacks {', '.join(missing)}")
+        return folder.resolve()
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these
+        why = " ".join(str(error).split())[:300]
+        raise ParamsError(
+            f"model = {name!r}: is no folder here and cannot be downloaded ({why}). Without a network: where there is "
+            f"one, `hf download {name} --local-dir FOLDER`; bring the folder here and set model to it"
+        ) from None
+
+
+def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A checkpoint and its processor; an adapter comes merged into the model it was trained on.
+
+    Number format and kernel of attention are those of `p`, or of the checkpoint; on a GPU, if this process has one.
+    Raises ParamsError if a package that they need is not installed.
+    """
+    kind = {"dtype": p.dtype, "attn_implementation": p.attention} if p else {}
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        model = _merged(folder, kind)
+    except ImportError as error:
+        raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
     processor.tokenizer.padding_side = "left"
+    return model.to(PartialState().device), processor
+
+
+def _merged(folder: Path, kind: dict[str, str]) -> PreTrainedModel:
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForImageTextToText.from_pretrained(folder), processor
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    stacked = (Path(base) / "adapter_config.json").exists()  # RL with LoRA from an SFT checkpoint with LoRA
-    model = load(Path(base))[0] if stacked else AutoModelForImageTextToText.from_pretrained(base)
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        return AutoModelForImageTextToText.from_pretrained(folder, **kind)
+    base = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path)  # perhaps an adapter itself: SFT, then RL
+    model = PeftModel.from_pretrained(_merged(base, kind), folder).merge_and_unload()
     model.name_or_path = str(folder)  # what an adapter trained on it says it needs
-    return model, processor
+    return model
 
 
 def part_of(name: str) -> str:

@@ -80,13 +80,19 @@ class Params(BaseModel):
     variation: Share = Field(1.0, description="how unpredictable the reasoning is at equal length, 0 one fixed trace")
 
     # Splits (problems per task)
+    data: str = Field(
+        "generated", description="where problems come from: generated, hub:<owner>/<dataset>, or a folder like it"
+    )
     n_train_base: Count = Field(64, description="problems for the base's two stages")
     n_train_sft: Count = Field(64, description="problems for SFT")
     n_train_rl: Count = Field(32, description="problems for RL")
     n_validation: Count = Field(16, description="problems for choosing")
     n_test: Count = Field(16, description="problems for reporting")
 
-    # Model
+    # Model: a released one, or a small one of this size
+    model: str = Field("", description="hub id or folder of a released model to post-train; '' makes a small one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and products")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="kernel of attention")
     hidden_size: Count = Field(64, description="width of the language model, a multiple of heads")
     layers: Count = Field(2, description="layers of the language model")
     heads: Count = Field(2, description="attention heads of either model")
@@ -107,6 +113,9 @@ class Params(BaseModel):
         ["language", "projector", "vision"], min_length=1, description="parts of the model that SFT and RL train"
     )
 
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
+
     # SFT
     sft_steps: Count = Field(4, description="steps of every SFT arm")
     sft_lr: Rate = Field(1e-3, description="learning rate of SFT")
@@ -118,7 +127,6 @@ class Params(BaseModel):
     )
     curve_every: Natural = Field(2, description="SFT steps from one measurement of accuracy to the next; 0 for none")
     long_steps: Natural = Field(6, description="SFT steps of one longer token-averaged run a task; 0 for none")
-    lora_rank: Natural = Field(0, description="rank of LoRA; 0 trains all weights")
 
     # Dose and response: SFT again at other levels of one knob, the others left alone; [] leaves an axis out
     dose_verbosity: list[Verbosity] = Field([0, 2], description="levels of verbosity")
@@ -137,6 +145,7 @@ class Params(BaseModel):
     rl_group: int = Field(4, ge=2, description="rollouts per prompt of RL")
     rl_temperature: Rate = Field(1.0, description="sampling temperature of RL")
     rl_beta: NonNegative = Field(0.0, description="weight of the KL penalty")
+    vllm: bool = Field(False, description="rollouts by vLLM, which must be installed, in the training process")
     alphas: list[PositiveShare] = Field([0.5], min_length=1, description="weights of a_p in the reward, an RL arm each")
     graded_alphas: list[PositiveShare] = Field([], description="the same with graded a_p")
     surrogates: list[Surrogate] = Field(
@@ -209,6 +218,13 @@ class Params(BaseModel):
         most = {4: 12, 9: 45}[size]  # with more, random blanks hardly ever leave one solution
         if value > most:
             raise ValueError(f"must be at most {most} for sudoku_size = {size}")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _holds_one_task(cls, value: str, info: ValidationInfo) -> str:
+        if value != "generated" and len(info.data.get("tasks", [""])) > 1:
+            raise ValueError("must be generated where tasks has several: a data set holds one of them")
         return value
 
     @field_validator("heads")

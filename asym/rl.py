@@ -177,14 +177,7 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
     folder = (repo_root() / Path(p.start_model).expanduser()).resolve()
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-    run = Run.open(repo_root(), "model", {"folder": str(folder), "files": files})  # its hash names it in later runs
-    with run.locked():
-        if not run.done:
-            run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted
-            run.checkpoint.symlink_to(folder)
-            run.finish()
-    return run
+    return Run.linked(repo_root(), folder)
 
 
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
@@ -222,7 +215,7 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
 
 def _train(p: Params, start: Run, run: Run) -> None:
     task, arm, seed, weights = (run.config[key] for key in ("task", "arm", "seed", "weights"))
-    model, processor = models.load(start.checkpoint)
+    model, processor = models.load(start.checkpoint, p)
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
     rewards = [*REWARDS, *asked]
@@ -245,7 +238,9 @@ def _train(p: Params, start: Run, run: Run) -> None:
         save_steps=SAVE_EVERY,
         seed=seed,
         data_seed=seed,
-        **TRAINING,
+        use_vllm=p.vllm,
+        vllm_mode="colocate",
+        **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
     trainer = RolloutTrainer(
         model=model,

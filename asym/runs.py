@@ -89,6 +89,18 @@ class Run:
         write_json(run.folder / "config.json", config)
         return run
 
+    @classmethod
+    def linked(cls, root: Path, folder: Path) -> "Run":
+        """A finished run whose checkpoint is a folder from elsewhere; its hash names it in what is made from it."""
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
+        run = cls.open(root, "model", {"folder": str(folder), "files": files})
+        with run.locked():
+            if not run.done:
+                run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted
+                run.checkpoint.symlink_to(folder)
+                run.finish()
+        return run
+
     def locked(self) -> FileLock:
         """A context in which no other process works on this run, also none that an earlier study left behind."""
         return FileLock(self.folder.with_name(f".{self.folder.name}.lock"))

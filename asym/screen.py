@@ -27,7 +27,7 @@ def scored_rollouts(p: Params, start: Run, task: str, seed: int) -> pd.DataFrame
 
     def scores() -> pd.DataFrame:
         own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, "train_rl", seed)
-        policy = Policy(*models.load(start.checkpoint), p.max_new_tokens, p.eval_batch)
+        policy = Policy(*models.load(start.checkpoint, p), p.max_new_tokens, p.eval_batch)
         with threads(p.threads):
             found = with_self_rewards(task_of(p, task), with_surrogates(task_of(p, task), own), data, policy)
         return found[[*KEYS, *NAMES]]
@@ -50,7 +50,7 @@ def reward_gradients(p: Params, start: Run, task: str, seed: int) -> pd.DataFram
             asked = own.assign(ended=own.n_tokens < p.max_new_tokens), load_split(p, task, "train_rl", seed)
             label = f"gradients {task}"
             return policy_gradients(
-                *models.load(start.checkpoint), *asked, p.trained_parts, p.rl_temperature, seed, label
+                *models.load(start.checkpoint, p), *asked, p.trained_parts, p.rl_temperature, seed, label
             )
 
     about = {"rows": rows_run(p, start, task, seed, "train_rl", p.coupling_rollouts).folder.name}

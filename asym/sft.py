@@ -34,8 +34,8 @@ from asym.transcript import PERCEPTION, REASONING, segment_ids
 
 TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this project, not of a study
     "save_total_limit": 1,
-    "bf16": False,
     "activation_checkpointing": False,
+    "bf16": False,  # weights have the number format of the study, `dtype`; nothing is cast on the way
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
     "report_to": "none",
@@ -333,7 +333,7 @@ def fit(
         data_seed=seed,
         max_length=None,  # truncation would eat image tokens
         dataset_kwargs={"skip_prepare_dataset": True},
-        **TRAINING,
+        **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
     trainer = SegmentSFTTrainer(
         model=model,
@@ -402,7 +402,7 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
         shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
     torch.manual_seed(seed)
-    model, processor = models.load(base.checkpoint)
+    model, processor = models.load(base.checkpoint, p)
     data = load_split(p, task, "train_sft", seed)
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
     label = f"SFT {task} {arm}"

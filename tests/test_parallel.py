@@ -61,5 +61,6 @@ def test_workers_that_need_the_same_split_make_it_once(tiny, root, monkeypatch):
     (run,) = (root / "runs").glob("data-*/DONE")
     assert json.loads((run.parent / "manifest.json").read_text())["files"].keys() == {
         "config.json",
+        "left_out.csv",
         "train_sft.parquet",
     }
