@@ -1,21 +1,25 @@
-"""The command line: `python -m asym run` executes a study, `screen` ranks label-free rewards on a checkpoint,
-`data export` writes its data for others, `bench` measures speed, `score` scores responses.
+"""The command line: `python -m asym run` executes a study, `plan` says what it will need, `train` trains one arm of
+it, `screen` ranks label-free rewards on a checkpoint, `data export` writes its data for others, `bench` measures speed,
+`score` scores responses.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from asym.params import Params, ParamsError
+from asym.runs import first
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +74,50 @@ def _bench(args: argparse.Namespace) -> int:
     write_json(out / "manifest.json", {"study": "bench", "complete": True} | about)
     write_readme(repo_root())
     print(table.to_string(index=False, na_rep=""))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    studies = [Params.load(path, dict(args.set)) for path in args.params]
+    from asym.plan import plan, summary
+
+    if args.write:
+        from asym.runs import repo_root, write_csv
+        from asym.study import write_readme
+
+        table = summary(studies)
+        write_csv(repo_root() / "results" / "plan" / "plan.csv", table)
+        write_readme(repo_root())
+        print(table.to_string(index=False))
+        return 0
+    for p in studies:
+        table = plan(p)
+        table["value"] = table["value"].map("{:,.4g}".format)
+        print(p.study, table.to_string(index=False), sep="\n")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    p = Params.load(args.params, dict(args.set))
+    from accelerate import PartialState
+
+    from asym import rl, sft
+    from asym.base import train_base
+    from asym.study import check
+
+    check(p)
+    if "RANK" in os.environ:  # others of the launch may have to wait as long as another study trains the same arm
+        PartialState(timeout=timedelta(days=2))
+    if args.arm not in (known := [*sft.arms(p), *rl.arms(p)]):
+        raise ParamsError(f"arm {args.arm!r}: {args.params} has the arms {', '.join(known)}")
+    for task, seed in itertools.product(p.tasks, p.seeds):
+        base = train_base(p, p.seeds[0])
+        if args.arm in sft.arms(p):
+            run = sft.train_arm(p, base, task, args.arm, seed)
+        else:
+            run = rl.train_arm(p, rl.train_start(p, base, task, seed), task, args.arm, seed)
+        if first():
+            print(run.checkpoint)
     return 0
 
 
@@ -144,13 +192,27 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,screen,data,bench,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,plan,train,screen,data,bench,score}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
     run.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names start so, such as 03 04")
     _add_set(run, "lambdas=[0.1,0.5]")
     run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="what a study will need", description=_PLAN, formatter_class=_Verbatim)
+    plan.add_argument("params", nargs="+", help="parameter files of studies")
+    plan.add_argument("--write", action="store_true", help="a line each instead, into results/plan and the README")
+    _add_set(plan, "lora_rank=16 sft_batch=4")
+    plan.set_defaults(command=_plan)
+
+    train = commands.add_parser(
+        "train", help="train one arm, on several GPUs too", description=_TRAIN, formatter_class=_Verbatim
+    )
+    train.add_argument("arm", help="an SFT or RL arm of the study, such as ngdiff or alpha_0.5")
+    train.add_argument("params", help="parameter file of the study, such as params/cpu.yaml")
+    _add_set(train, "tasks=[sudoku] seeds=[0]")
+    train.set_defaults(command=_train)
 
     screen = commands.add_parser(
         "screen", help="rank label-free rewards", description=_SCREEN, formatter_class=_Verbatim
@@ -194,6 +256,18 @@ _Verbatim = argparse.RawDescriptionHelpFormatter
 _RUN = """\
 Execute the notebooks in order with the parameters of a file and write results/<study>/.
 Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
+_PLAN = """\
+Print what a study will need before any of it: parameters, tokens, memory, work, and a time on some GPUs. All of it is
+arithmetic on parameters and model sizes; the column `how` says how, and what is assumed. Nothing is loaded."""
+_TRAIN = """\
+Train one arm on each task and seed of a study, and what it starts from, as far as `runs/` has not got it; prints the
+checkpoints. The notebooks find it there. On several GPUs:
+
+  accelerate launch --num_processes 8 -m asym train ngdiff params/cpu.yaml
+  accelerate launch --config_file fsdp.yaml -m asym train token_averaged params/cpu.yaml
+
+Batches are shared out, so that the parameters mean the same on any number of processes. NGDiff and the other balances
+that weigh gradients need DDP: FSDP and DeepSpeed keep gradients in parts. These two are not tested here."""
 _SCREEN = """\
 Sample rollouts of a checkpoint on RL training problems, score them with every label-free perception reward, and
 print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,

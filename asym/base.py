@@ -82,18 +82,22 @@ def train_base(p: Params, seed: int) -> Run:
     language = Run.open(repo_root(), "base-language", config)
     vision_keys = ("vision_steps", "vision_lr", "vision_batch")
     vision = Run.open(repo_root(), "base", config | {key: getattr(p, key) for key in vision_keys})
+    with language.locked(together=True), vision.locked(together=True):
+        if not vision.done:
+            _train_stages(p, seed, language, vision)
+    return vision
+
+
+def _train_stages(p: Params, seed: int, language: Run, vision: Run) -> None:
     parts = Params.model_fields["trained_parts"].default
     alone = p.model_copy(update={"lora_rank": 0, "trained_parts": parts, "threads": p.threads * p.workers})
-    if vision.done:
-        return vision
     texts = concatenate_datasets([puzzles_as_text(p, name, seed) for name in p.tasks])
     if not language.done:
-        processor = models.build_processor([*texts["query"], *texts["response"], *_vocabulary(p, seed)], p)
+        processor = models.build_processor([*texts["query"], *texts["response"], *vocabulary(p, seed)], p)
         model = models.build_model(processor, p, seed)
         schedule = {"steps": p.language_steps, "lr": p.language_lr, "batch": p.language_batch}
         schedule |= {"seed": seed, "optimizer": muon}
         fit(language, "base: language", model, processor, texts, TokenAveraged(), alone, **schedule)
-        language.finish()
     model, processor = models.load(language.checkpoint, p)
     drawings = concatenate_datasets([scenes(p, name, seed) for name in p.tasks])
     share = round(len(drawings) * TEXT_SHARE / (1 - TEXT_SHARE))
@@ -102,8 +106,6 @@ def train_base(p: Params, seed: int) -> Run:
     schedule = {"steps": p.vision_steps, "lr": p.vision_lr, "batch": p.vision_batch}
     schedule |= {"seed": seed, "optimizer": muon}
     fit(vision, "base: vision", model, processor, mixed, TokenAveraged(), alone, **schedule)
-    vision.finish()
-    return vision
 
 
 def muon(model: PreTrainedModel, lr: float) -> Muon:
@@ -120,7 +122,7 @@ def muon(model: PreTrainedModel, lr: float) -> Muon:
     return Muon([group | {"lr": lr, "weight_decay": 0.01} for group in groups])
 
 
-def _vocabulary(p: Params, seed: int) -> Iterator[str]:
+def vocabulary(p: Params, seed: int) -> Iterator[str]:
     """Texts of the kinds the base does not train on but will meet: the tokenizer should know their words."""
     yield TRANSCRIBE
     for name in p.tasks:

@@ -16,7 +16,7 @@ import PIL.Image
 from datasets import Dataset, disable_progress_bars
 
 from asym import published
-from asym.params import Params
+from asym.params import Params, ParamsError
 from asym.published import FEATURES
 from asym.runs import Run, repo_root, write_csv, write_text
 from asym.tasks import Drawing, Task, get_task
@@ -137,6 +137,8 @@ def _made(p: Params, name: str, split: str, seed: int) -> tuple[Dataset, Counter
 
 def export(p: Params, folder: Path) -> list[Path]:
     """Write the study's splits in the published schema, a data set with its card per task; returns their folders."""
+    if p.data != "generated":
+        raise ParamsError(f"data = {p.data!r}: must be generated; what is published already needs no export")
     written = []
     for name in p.tasks:
         target = folder / name

@@ -48,7 +48,7 @@ def measure(
 
 def rows_run(p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int) -> Run:
     """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too."""
-    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch"]
+    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch", "dtype", "attention"]
     keys += ["n_coupling"] * (split == "train_rl") + ["rl_temperature"] * (rollouts > 1)
     config = {key: getattr(p, key) for key in keys}
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}

@@ -7,6 +7,7 @@ Nothing here is a stand-in: the model is a `Qwen3VLForConditionalGeneration` or 
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -26,6 +28,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -207,9 +210,14 @@ def _internvl(text: dict, tokens: dict[str, int], p: Params) -> PreTrainedModel:
     return InternVLForConditionalGeneration(config)
 
 
-def save(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Write model (an adapter, if it is a PeftModel) and processor to a folder."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write model (an adapter, if it is a PeftModel) and processor to a folder; `weights`, if the model lacks them."""
+    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     processor.save_pretrained(folder)
 
 
@@ -224,8 +232,20 @@ def fetch(name: str) -> Path:
         if missing:
             raise ParamsError(f"model = {name!r}: the folder lacks {', '.join(missing)}")
         return folder.resolve()
-    try:
+    with _reaching(name):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+
+
+def config(name: str) -> PretrainedConfig:
+    """The configuration of a released model, without its weights. Raises ParamsError as `fetch` does."""
+    with _reaching(name):
+        return AutoConfig.from_pretrained(name)
+
+
+@contextmanager
+def _reaching(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:  # what the hub's client raises derives from these
         why = " ".join(str(error).split())[:300]
         raise ParamsError(
@@ -247,6 +267,8 @@ def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, Proces
     except ImportError as error:
         raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
     processor.tokenizer.padding_side = "left"
+    if isinstance(processor, InternVLProcessor):
+        processor.image_processor.max_patches = 1  # an image is one tile, whatever its shape
     return model.to(PartialState().device), processor
 
 

@@ -143,6 +143,7 @@ class Params(BaseModel):
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")
     rl_prompts: Count = Field(4, description="prompts per step of RL")
     rl_group: int = Field(4, ge=2, description="rollouts per prompt of RL")
+    rl_accumulation: Count = Field(1, description="forward passes per step of RL; must divide its rollouts")
     rl_temperature: Rate = Field(1.0, description="sampling temperature of RL")
     rl_beta: NonNegative = Field(0.0, description="weight of the KL penalty")
     vllm: bool = Field(False, description="rollouts by vLLM, which must be installed, in the training process")

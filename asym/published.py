@@ -134,7 +134,7 @@ def segment(task: Task, problem: Any, response: str | None) -> str:
 
 
 def _json_values(text: str) -> Iterator[tuple[str, int, int]]:
-    """Every outermost JSON list or object in a text, with its bounds."""
+    """Every JSON list or object in a text, those inside others too, with its bounds."""
     at, decoder = 0, json.JSONDecoder()
     while match := _OPENING.search(text, at):
         at = match.start()
@@ -144,7 +144,7 @@ def _json_values(text: str) -> Iterator[tuple[str, int, int]]:
             at += 1
         else:
             yield text[at : at + length], at, at + length
-            at += length
+            at += 1
 
 
 def _read(parse: Callable, text: str, problem: Any) -> Any:

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
@@ -27,18 +28,19 @@ from asym.evaluate import measure_along
 from asym.models import image_token_ids
 from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
-from asym.runs import Run, repo_root, write_csv, write_parquet
+from asym.runs import Run, first, repo_root, write_csv, write_parquet
 from asym.self_rewards import SELF_REWARDS, Policy
-from asym.sft import TRAINING, ProgressCallback, threads
+from asym.sft import TRAINING, ProgressCallback, share, threads, whole_weights
 from asym.tasks import Task
 
 SAVE_EVERY = 5  # steps; a step is long
 REWARDS = (*LABELLED, *SURROGATES)
+PROMPT_ROOM = 1024  # tokens of a prompt with its image, at most
 HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
 
 
 class RolloutTrainer(GRPOTrainer):
-    """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>.parquet`.
+    """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>-<process>.parquet`.
 
     Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
     together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
@@ -115,6 +117,11 @@ class RolloutTrainer(GRPOTrainer):
         self._rewards = super()._calculate_rewards(*args)  # (B, rewards), of all processes
         return self._rewards
 
+    def _ours(self, rows) -> slice:
+        """The place of this process's rows among those of all processes of a launch."""
+        begin = self.accelerator.process_index * len(rows)
+        return slice(begin, begin + len(rows))
+
     def _token_advantages(self, output) -> torch.Tensor:
         """The advantage of every token (B, T) in the arms of `credit.py`."""
         ids, written = output["completion_ids"], output["completion_mask"].bool()
@@ -122,9 +129,9 @@ class RolloutTrainer(GRPOTrainer):
         if weight is not None:
             n_p, n = self.accelerator.reduce(torch.stack([seen.sum(), written.sum()])).tolist()
             return credit.reweighted(weight, seen, output["advantages"], n_p, n)
-        first = self.accelerator.process_index * len(ids)
+        ours = self._ours(ids)
         paid = [self._rewards[:, self.reward_func_names.index(name)] for name in ("perception", "outcome")]
-        paid = [credit.group_advantages(rewards, self.num_generations)[first : first + len(ids)] for rewards in paid]
+        paid = [credit.group_advantages(rewards, self.num_generations)[ours] for rewards in paid]
         return credit.routed(seen, *paid)
 
     def _generate_and_score_completions(self, inputs):
@@ -132,20 +139,22 @@ class RolloutTrainer(GRPOTrainer):
         if re.fullmatch(CREDITS, self.arm):
             output["advantages"] = self._token_advantages(output)
         advantages = output["advantages"].view(len(inputs), -1)  # (B, 1) or (B, T)
+        ours = self._ours(inputs)
         last = (output["completion_mask"].sum(1) - 1).clamp(0, advantages.shape[1] - 1)
         table = pd.DataFrame(
             {
                 "step": self.state.global_step,
                 "problem_id": [row["problem_id"] for row in inputs],
-                "rollout": [index % self.num_generations for index in range(len(inputs))],
+                "rollout": [index % self.num_generations for index in range(ours.start, ours.stop)],
                 "ground_truth": [row["ground_truth"] for row in inputs],
-                "completion": [messages[0]["content"] for messages in self._logs["completion"]],
-                **{name: list(values) for name, values in self._logs["rewards"].items()},
+                "completion": [messages[0]["content"] for messages in list(self._logs["completion"])[ours]],
+                **{name: list(values)[ours] for name, values in self._logs["rewards"].items()},
                 "advantage_perception": advantages[:, 0].tolist(),
                 "advantage": advantages[torch.arange(len(inputs)), last].tolist(),
             }
         )
-        write_parquet(self.rollouts / f"{self.state.global_step:05d}.parquet", table)
+        part = f"{self.state.global_step:05d}-{self.accelerator.process_index:03d}.parquet"
+        write_parquet(self.rollouts / part, table)
         return output
 
 
@@ -203,11 +212,11 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     """
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    keys += ("lora_rank", "trained_parts", *drawn_by(task))
+    keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
     config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
-    with run.locked():
+    with run.locked(together=True):
         if not run.done:
             _train(p, start, run)
     return run
@@ -224,7 +233,8 @@ def _train(p: Params, start: Run, run: Run) -> None:
         max_steps=p.rl_steps,
         learning_rate=p.rl_lr,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=p.rl_prompts * p.rl_group,
+        per_device_train_batch_size=share(p.rl_prompts * p.rl_group, p.rl_accumulation),
+        gradient_accumulation_steps=p.rl_accumulation,  # all of them from one generation: a step stays on-policy
         num_generations=p.rl_group,
         max_completion_length=p.max_new_tokens,
         temperature=p.rl_temperature,
@@ -233,13 +243,11 @@ def _train(p: Params, start: Run, run: Run) -> None:
         epsilon=0.2,
         scale_rewards="group",
         reward_weights=[weights.get(reward.__name__, 0.0) for reward in rewards],
-        generation_kwargs={"suppress_tokens": image_token_ids(processor)},
         logging_steps=1,
         save_steps=SAVE_EVERY,
         seed=seed,
         data_seed=seed,
-        use_vllm=p.vllm,
-        vllm_mode="colocate",
+        **_generation(p, run, model, processor),
         **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
     trainer = RolloutTrainer(
@@ -253,10 +261,47 @@ def _train(p: Params, start: Run, run: Run) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.rollouts, trainer.arm = run.folder / "rollouts", arm
+    if asked and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ParamsError(
+            f"arm {arm}: the model is asked for its reward, which weights in parts cannot answer: use DDP"
+        )
     torch.manual_seed(seed)
+    saved = run.last_trainer_checkpoint()
+    if first():  # what an interrupted training wrote beyond its checkpoint, perhaps on more processes
+        done = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+        for part in trainer.rollouts.glob("*.parquet"):
+            if int(part.stem.partition("-")[0]) >= done:
+                part.unlink()
+    trainer.accelerator.wait_for_everyone()
     with threads(p.threads):
-        trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
-    models.save(trainer.model, processor, run.checkpoint)
+        trainer.train(resume_from_checkpoint=saved)
+    weights = whole_weights(trainer)
+    trainer.accelerator.wait_for_everyone()  # every process has written its rollouts
+    if first():
+        models.save(trainer.model, processor, run.checkpoint, weights)
+        _keep_logs(trainer, run, rewards)
+        run.finish()
+    trainer.accelerator.wait_for_everyone()
+
+
+def _generation(p: Params, run: Run, model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, Any]:
+    """TRL's arguments for how rollouts are written; no image token may be. Not tested with vLLM itself."""
+    forbidden = image_token_ids(processor)
+    if not p.vllm:
+        return {"generation_kwargs": {"suppress_tokens": forbidden}}
+    if first():  # vLLM loads weights from a folder; that of an adapter has none
+        models.save(model, processor, run.folder / "start")
+    model.name_or_path = str(run.folder / "start")
+    room = {"vllm_max_model_length": PROMPT_ROOM + p.max_new_tokens}  # else the model's own, which fills the card
+    return room | {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "generation_kwargs": {"logit_bias": dict.fromkeys(forbidden, -100.0)},
+    }
+
+
+def _keep_logs(trainer: RolloutTrainer, run: Run, rewards: list[Reward]) -> None:
+    """Metrics and rollouts from the trainer's own files to the run's, and those away."""
     names = {f"rewards/{reward.__name__}/mean": f"reward_{reward.__name__}" for reward in rewards}
     names |= {"reward": "reward", "entropy": "entropy", "completions/mean_length": "mean_length", "kl": "kl"}
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -266,7 +311,7 @@ def _train(p: Params, start: Run, run: Run) -> None:
     write_parquet(run.folder / "rollouts.parquet", pd.concat(map(pd.read_parquet, steps), ignore_index=True))
     shutil.rmtree(run.folder / "trainer")  # before the rollouts: with its checkpoint gone, all is done again
     shutil.rmtree(trainer.rollouts)
-    run.finish()
+    shutil.rmtree(run.folder / "start", ignore_errors=True)
 
 
 def prompts(data: Dataset) -> Dataset:

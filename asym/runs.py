@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "pytorch-optimizer", "torchjd")
 PACKAGES += ("datasets", "tokenizers", "numpy", "scipy", "pandas")
+
+
+def first() -> bool:
+    """Whether this process is the only one or the first of those that a launcher (torchrun, accelerate) started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def repo_root() -> Path:
@@ -101,8 +106,22 @@ class Run:
                 run.finish()
         return run
 
-    def locked(self) -> FileLock:
-        """A context in which no other process works on this run, also none that an earlier study left behind."""
+    @contextmanager
+    def locked(self, together: bool = False) -> Iterator[None]:
+        """A context in which no other process works on this run, also none that an earlier study left behind.
+
+        `together`: all processes of a launch do this work at once; the first holds the lock for them.
+        """
+        together = together and "RANK" in os.environ
+        with nullcontext() if together and not first() else self.lock:
+            if together:
+                from accelerate import PartialState
+
+                PartialState().wait_for_everyone()
+            yield
+
+    @property
+    def lock(self) -> FileLock:
         return FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
 
     @property
@@ -177,7 +196,7 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl; others as rows) depend on."""
     # These draw, judge and drive; what a run is told by params.py is in its config
-    others = {"__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel"}
+    others = {"__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel", "plan"}
     others |= {"params", "stats", "study", "trends"}
     if kind != "rl":
         others |= {"rewards", "self_rewards", "credit", "screen", "rl"}

@@ -18,18 +18,20 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from asym import models
 from asym.balance import Balance, Segments, TokenAveraged, balance_of
-from asym.data import load_split
+from asym.data import drawn_by, load_split
 from asym.decode import known
 from asym.models import chat
-from asym.params import Params
-from asym.runs import Run, progress, repo_root, write_csv
+from asym.params import Params, ParamsError
+from asym.runs import Run, first, progress, repo_root, write_csv
 from asym.transcript import PERCEPTION, REASONING, segment_ids
 
 TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this project, not of a study
@@ -37,6 +39,7 @@ TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this 
     "activation_checkpointing": False,
     "bf16": False,  # weights have the number format of the study, `dtype`; nothing is cast on the way
     "remove_unused_columns": False,
+    "ddp_broadcast_buffers": False,  # none changes; and processes may pass a batch in different numbers of parts
     "dataloader_pin_memory": False,
     "report_to": "none",
     "disable_tqdm": True,
@@ -96,6 +99,11 @@ class SegmentSFTTrainer(SFTTrainer):
 
     def __init__(self, *args, balance: Balance, **kwargs):
         super().__init__(*args, **kwargs)
+        self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.sharded and balance.needs_gradients:
+            raise ParamsError(
+                f"{type(balance).__name__} weighs gradients, which DeepSpeed and FSDP keep in parts: launch with DDP"
+            )
         self.balance = balance
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the accumulated batch here, not by Trainer
         self._counts: tuple[int, int] | None = None
@@ -122,8 +130,13 @@ class SegmentSFTTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._counts = tuple(sum(int((b["segments"] == s).sum()) for b in batches) for s in (PERCEPTION, REASONING))
+        counts = [sum(int((b["segments"] == s).sum()) for b in batches) for s in (PERCEPTION, REASONING)]
+        self._counts = tuple(self._over_processes(*counts))
         return batches, num_items
+
+    def _over_processes(self, *values: float) -> list:
+        """Sums over all processes of a launch."""
+        return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device)).tolist()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         segments = inputs.pop("segments")
@@ -133,11 +146,12 @@ class SegmentSFTTrainer(SFTTrainer):
         sum_p, sum_r = self._segment_sums(model, inputs, segments)
         self._log_losses(sum_p, sum_r, n_p, n_r)
         self._log("lambda", weight)
-        return weight * sum_p / max(n_p, 1) + (1 - weight) * sum_r / max(n_r, 1)
+        loss = weight * sum_p / max(n_p, 1) + (1 - weight) * sum_r / max(n_r, 1)
+        return loss * (self.accelerator.num_processes if counts else 1)  # gradients are averaged over processes
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         n_p, n_r = self._counts
-        probed = self.state.global_step % self.args.logging_steps == 0
+        probed = self.state.global_step % self.args.logging_steps == 0 and not self.sharded
         if not (n_p and n_r and (self.balance.needs_gradients or probed)):
             return super().training_step(model, inputs, num_items_in_batch)
         return self._split_step(model, self._prepare_inputs(inputs))
@@ -146,34 +160,36 @@ class SegmentSFTTrainer(SFTTrainer):
         """g_p and g_r accumulated apart and joined at the end of the accumulated batch; returns the detached loss."""
         model.train()
         (n_p, n_r), segments = self._counts, inputs.pop("segments")
-        inputs = self._encoded(model, inputs)
+        inputs, processes = self._encoded(model, inputs), self.accelerator.num_processes
         parameters = [q for q in model.parameters() if q.requires_grad]
         grad_r, self._grad_p = [q.grad for q in parameters], self._grad_p or [None] * len(parameters)
 
         _set_grads(parameters, self._grad_p)
         sum_p = torch.zeros((), device=segments.device)
-        if (segments == PERCEPTION).any():  # other micro-batches of the step may hold it all
-            sum_p, _ = self._segment_sums(model, *self._prefix(inputs, segments))
-            self.accelerator.backward(sum_p / n_p, retain_graph=True)  # the images are encoded once for both passes
-            sum_p = sum_p.detach()  # lets go of the rest of the graph
+        if (segments == PERCEPTION).any() or processes > 1:  # other micro-batches of the step may hold it all
+            sum_p = self._segment_sums(model, *self._prefix(inputs, segments))[0]
+            # Images that are encoded once for both passes stay; gradients are averaged over processes
+            self.accelerator.backward(processes * sum_p / n_p, retain_graph=self._on_cpu(inputs))
+            sum_p = sum_p.detach()
         self._grad_p = [q.grad for q in parameters]
 
         _set_grads(parameters, grad_r)
         _, sum_r = self._segment_sums(model, inputs, segments)
-        self.accelerator.backward(sum_r / n_r)
-        self._log_losses(sum_p, sum_r, n_p, n_r)
-        self._loss_p, self._loss_r = self._loss_p + sum_p.item() / n_p, self._loss_r + sum_r.item() / n_r
+        self.accelerator.backward(processes * sum_r / n_r)
+        sum_p, sum_r = self._log_losses(sum_p, sum_r, n_p, n_r)
+        self._loss_p, self._loss_r = self._loss_p + sum_p / n_p, self._loss_r + sum_r / n_r
         weight = TokenAveraged().weight(Segments(n_p, n_r))  # of the reported loss; the step's own is set in the join
         if self.accelerator.sync_gradients:
             weight = self._join(parameters)
-        return (weight * sum_p / n_p + (1 - weight) * sum_r / n_r).detach()
+        return torch.tensor(weight * sum_p / n_p + (1 - weight) * sum_r / n_r, device=segments.device)
 
     @staticmethod
     def _prefix(
         inputs: dict[str, torch.Tensor], segments: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The batch cut after its last perception token: all that L_p depends on."""
-        end = int((segments == PERCEPTION).any(0).nonzero().max()) + 1
+        seen = (segments == PERCEPTION).any(0)
+        end = int(seen.nonzero().max()) + 1 if seen.any() else len(seen)
         per_token = [name for name, values in inputs.items() if getattr(values, "shape", ())[:2] == segments.shape]
         cut = inputs | {name: inputs[name][:, :end] for name in per_token}
         return cut, segments[:, :end]
@@ -183,8 +199,13 @@ class SegmentSFTTrainer(SFTTrainer):
         """Replace the gradients g_r by λ·g_p + (1 − λ)·g_r; returns λ."""
         grads_p, self._grad_p = self._grad_p, None
         pairs = [(_or_zero(q.grad, q), _or_zero(g, q)) for q, g in zip(parameters, grads_p, strict=True)]
-        norm_r, norm_p = (torch.stack([g.norm() for g in grads]).norm().item() for grads in zip(*pairs, strict=True))
-        cosine = sum((r * p).sum() for r, p in pairs).item() / max(norm_p * norm_r, 1e-30)
+        square = lambda g, h: _whole((g.float() * h.float()).sum())  # noqa: E731
+        norm_r, norm_p, product = (
+            sum(square(g, h) for g, h in each).item()
+            for each in ([(r, r) for r, _ in pairs], [(p, p) for _, p in pairs], pairs)
+        )
+        norm_r, norm_p = norm_r**0.5, norm_p**0.5
+        cosine = product / max(norm_p * norm_r, 1e-30)
         losses, self._loss_p, self._loss_r = (self._loss_p, self._loss_r), 0.0, 0.0
         weight = self.balance.weight(Segments(*self._counts, self._progress, norm_p, norm_r, cosine, *losses))
         for q, (grad_r, grad_p) in zip(parameters, pairs, strict=True):
@@ -205,7 +226,8 @@ class SegmentSFTTrainer(SFTTrainer):
 
     def _on_cpu(self, inputs) -> bool:
         """Whether a batch goes through the model in parts that share their images: what pays off on a CPU."""
-        return known(self.model) and inputs["input_ids"].device.type == "cpu"
+        alone = self.accelerator.num_processes == 1  # else every pass must go through the wrapper that joins gradients
+        return alone and known(self.model) and inputs["input_ids"].device.type == "cpu"
 
     def _encoded(self, model, inputs):
         return models.encode_images(model, inputs) if self._on_cpu(inputs) else inputs
@@ -216,19 +238,22 @@ class SegmentSFTTrainer(SFTTrainer):
             return -model(**inputs, fused_lm_head=True).log_probs
         # TRL's fused head spares a GPU's memory, tile by tile; a CPU is faster with the logits of the response at once
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-        first = int((labels != -100).any(0).int().argmax())
+        begin = int((labels != -100).any(0).int().argmax())
         given = {name: values for name, values in inputs.items() if name != "labels"}
-        logits = model(**given, use_cache=False, logits_to_keep=labels.shape[1] - first).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten(), reduction="none")
-        return F.pad(losses.view(len(labels), -1), (first, 0))[:, :-1]
+        logits = model(**given, use_cache=False, logits_to_keep=labels.shape[1] - begin).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, begin:].flatten(), reduction="none")
+        return F.pad(losses.view(len(labels), -1), (begin, 0))[:, :-1]
 
-    def _log_losses(self, sum_p, sum_r, n_p: int, n_r: int) -> None:
+    def _log_losses(self, sum_p, sum_r, n_p: int, n_r: int) -> tuple[float, float]:
+        """Logs L_p and L_r; returns the two sums over all processes."""
         # A sum over each micro-batch, so that the average over the interval is that of whole steps
         steps = self.current_gradient_accumulation_steps if self.model.training else 1
         self._log("token_share", n_p / max(n_p + n_r, 1))
+        sum_p, sum_r = self._over_processes(sum_p.item(), sum_r.item()) if self.model.training else (sum_p, sum_r)
         for name, total, count in (("loss_perception", sum_p, n_p), ("loss_reasoning", sum_r, n_r)):
             if count:
-                self._log(name, steps * total.item() / count)
+                self._log(name, steps * float(total) / count)
+        return sum_p, sum_r
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -266,6 +291,11 @@ def _or_zero(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """A number that FSDP keeps in parts, put together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 class ProgressCallback(TrainerCallback):
     """Shows a trainer's steps on the study's own bar."""
 
@@ -288,12 +318,15 @@ class SnapshotCallback(TrainerCallback):
 
     def __init__(self, snapshots: dict[int, Run], processor: ProcessorMixin):
         self.snapshots, self.processor = snapshots, processor
+        self.trainer: Trainer | None = None  # set when there is one
 
     def on_step_end(self, args, state, control, model, **kwargs):
         run = self.snapshots.get(state.global_step)
         if run and not run.done:
-            models.save(model, self.processor, run.checkpoint)
-            run.finish()
+            weights = whole_weights(self.trainer)
+            if first():
+                models.save(model, self.processor, run.checkpoint, weights)
+                run.finish()
 
 
 def fit(
@@ -315,13 +348,13 @@ def fit(
 ) -> None:
     """Train (linear decay, 5 % warm-up, gradients clipped at norm 1; AdamW unless told otherwise); resumes by itself.
 
-    Leaves checkpoint and metrics in the run, and a checkpoint in each of `snapshots` (by step).
+    Leaves the run finished, with checkpoint and metrics, and a checkpoint in each of `snapshots` (by step).
     """
     arguments = SFTConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=steps,
         learning_rate=lr,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=share(batch),
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type="linear",
         warmup_steps=max(1, steps // 20),
@@ -335,6 +368,7 @@ def fit(
         dataset_kwargs={"skip_prepare_dataset": True},
         **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
+    taking = SnapshotCallback(snapshots or {}, processor)
     trainer = SegmentSFTTrainer(
         model=model,
         args=arguments,
@@ -344,16 +378,36 @@ def fit(
         peft_config=models.prepare_training(model, p),
         balance=balance,
         optimizers=(optimizer and optimizer(model, lr), None),
-        callbacks=[ProgressCallback(label), SnapshotCallback(snapshots or {}, processor)],
+        callbacks=[ProgressCallback(label), taking],
     )
+    taking.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if steps:  # 0 leaves a stage out; the trainer would take it for "as many as there are"
         with threads(p.threads):
             trainer.train(resume_from_checkpoint=run.last_trainer_checkpoint())
-    models.save(trainer.model, processor, run.checkpoint)
-    log = pd.DataFrame(trainer.state.log_history, columns=["step", *METRICS])
-    write_csv(run.folder / "metrics.csv", log.dropna(subset=["loss_reasoning"]))
-    shutil.rmtree(run.folder / "trainer", ignore_errors=True)
+    weights = whole_weights(trainer)
+    if first():
+        models.save(trainer.model, processor, run.checkpoint, weights)
+        log = pd.DataFrame(trainer.state.log_history, columns=["step", *METRICS])
+        write_csv(run.folder / "metrics.csv", log.dropna(subset=["loss_reasoning"]))
+        shutil.rmtree(run.folder / "trainer", ignore_errors=True)
+        run.finish()
+    trainer.accelerator.wait_for_everyone()  # what comes next may load it
+
+
+def share(batch: int, passes: int = 1) -> int:
+    """What one process of a launch takes of a batch at a time. Raises ParamsError if it cannot be shared out evenly."""
+    processes = PartialState().num_processes
+    if batch % (processes * passes):
+        parts = f"{processes} processes" + f" times {passes} passes" * (passes > 1)
+        raise ParamsError(f"a batch of {batch} must be a multiple of the {parts} that share it")
+    return batch // processes // passes
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """The weights of a model that a launch has spread over its processes; all of them must ask. None if it has not."""
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
 
 
 @contextmanager
@@ -376,7 +430,7 @@ def along(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | Non
     """The runs of one SFT arm on one task by step: every `p.curve_every` steps, and last the arm itself."""
     steps = steps or p.sft_steps
     keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
-    keys += ("prompt_style", "trained_parts", f"difficulty_{task}")
+    keys += ("trained_parts", "dtype", "attention", *drawn_by(task), *["n_validation"] * (p.data != "generated"))
     config = {key: getattr(p, key) for key in keys} | {"base": base.folder.name, "task": task, "arm": arm}
     config |= {"seed": seed, "steps": steps}
     between = range(p.curve_every, steps, p.curve_every) if p.curve_every else ()
@@ -388,7 +442,7 @@ def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int |
     """The finished run of one SFT arm on one task, trained now if it has not been; `steps` default to `p.sft_steps`."""
     runs = along(p, base, task, arm, seed, steps)
     steps, run = runs.popitem()
-    with run.locked():
+    with run.locked(together=True):
         if not (run.done and all(snapshot.done for snapshot in runs.values())):
             _train(p, base, run, steps, runs)
     return run
@@ -396,15 +450,22 @@ def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int |
 
 def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]) -> None:
     task, arm, seed = (run.config[key] for key in ("task", "arm", "seed"))
-    (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
-    saved = run.last_trainer_checkpoint()
-    passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
-    if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
-        shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
     torch.manual_seed(seed)
+    if first():
+        _clear(run, snapshots)
+    if PartialState().num_processes > 1:
+        PartialState().wait_for_everyone()
     model, processor = models.load(base.checkpoint, p)
     data = load_split(p, task, "train_sft", seed)
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
     label = f"SFT {task} {arm}"
     fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=snapshots, **schedule)
-    run.finish()
+
+
+def _clear(run: Run, snapshots: dict[int, Run]) -> None:
+    """Away with what an earlier training of the run left that this one cannot use."""
+    (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
+    saved = run.last_trainer_checkpoint()
+    passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+    if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
+        shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start

@@ -4,6 +4,7 @@ Everything is checked before anything is computed. A notebook reuses the arms th
 interrupted study resumes it. Executed notebooks are published without what differs from machine to machine.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -49,14 +50,19 @@ def run_study(
     """
     root = root or repo_root()
     params = Params.load(params_path, overrides)
+    check(params)
     names = [path.stem for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
     selected = _select(names, only)
     results = results_dir(params.study, root)
     before = read_manifest(results)
-    if only and before.get("digest", params.digest()) != params.digest():
+    # A parameter that is newer than those results was at its default when they were made
+    same = not before or Params().model_dump() | before.get("params", {}) == params.model_dump() | {
+        "study": params.study
+    }
+    if only and not same:
         raise ParamsError(f"{results}: study = {params.study!r}: must have the same parameters as before, or no --only")
 
-    if before.get("digest", params.digest()) != params.digest():  # nothing of other parameters stays beside the new
+    if not same:  # nothing of other parameters stays beside the new
         for part in ("tables", "rows", "figures", "notebooks"):
             shutil.rmtree(results / part, ignore_errors=True)
 
@@ -78,6 +84,20 @@ def run_study(
             write_json(clock_file, clock)
             _write_manifest(results, params, clock, names, root)
     write_readme(root)
+
+
+def check(p: Params) -> None:
+    """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
+    from asym import models, published  # here, because they take seconds
+
+    for asked, package in ((p.vllm, "vllm"), (p.attention == "flash_attention_2", "flash_attn")):
+        if asked and not importlib.util.find_spec(package):
+            key = "vllm = True" if package == "vllm" else f"attention = {p.attention!r}"
+            raise ParamsError(f"{key}: needs the package {package}, which is not installed")
+    if p.model:
+        models.fetch(p.model)
+    if p.data != "generated":
+        published.fetch(p.data)
 
 
 def write_readme(root: Path) -> None:
@@ -150,6 +170,8 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) ->
         )
     except PapermillExecutionError as error:
         where, what = f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}"
+        if error.ename == "OutOfMemoryError":
+            what += "\nlower sft_batch or eval_batch, raise rl_accumulation, or use activation_checkpointing"
         raise NotebookError(f"{name}, {where}: {what}\nthe cell and the full traceback are in {copy}") from None
     except DeadKernelError:
         raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None

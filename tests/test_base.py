@@ -20,6 +20,26 @@ def test_own_format_reports_the_base_on_its_own_exercises(tiny, base, root):
     assert rows.notna().all(axis=None)
 
 
+def test_a_released_model_is_the_base_as_it_is_and_is_asked_for_whole_responses(tiny, base, root, monkeypatch):
+    p = tiny(model=str(base.checkpoint), prompt_style="full")
+    run = stages.train_base(p, 0)
+    assert run.checkpoint.resolve() == base.checkpoint.resolve()
+    assert stages.train_base(p, 1).folder == run.folder
+    asked = []
+    monkeypatch.setattr(
+        stages,
+        "complete",
+        lambda model, processor, queries, images, **limits: asked.append(queries) or [""] * len(queries),
+    )
+    rows = own_format(p, run, "sudoku")
+    assert len(rows) == 4 * p.n_validation
+    assert all("<perception>" in query for queries in asked for query in queries)
+    clean, study, words, json = (queries[0] for queries in asked)
+    assert clean == study
+    assert "row 1:" in words
+    assert '"-"' in json.split("</answer>")[1]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_responses_as_trained_score_full_marks_in_the_own_format(tiny, base, root, name, monkeypatch):
     p = tiny(n_train_base=12, verbosity=0)

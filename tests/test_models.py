@@ -27,7 +27,7 @@ from asym.models import (
     load,
     prepare_training,
 )
-from asym.params import Params
+from asym.params import Params, ParamsError
 from asym.transcript import TAGS
 
 WIDTH = {"hidden_size": 128, "layers": 4, "heads": 4, "vision_hidden_size": 96, "vision_layers": 3}
@@ -209,6 +209,41 @@ def test_lora_reaches_language_and_vision_and_is_none_at_rank_0(vlm):
     assert all("lora_" in name for name in names)
     assert any(models.part_of(name) == "vision" for name in names)
     assert any("language_model" in name for name in names)
+
+
+def test_number_format_and_attention_are_those_asked_for(base, tiny):
+    model, _ = load(base.checkpoint, tiny(dtype="bfloat16", attention="eager"))
+    assert {weights.dtype for weights in model.parameters()} == {torch.bfloat16}
+    assert model.config.get_text_config()._attn_implementation == "eager"
+    assert {weights.dtype for weights in load(base.checkpoint, tiny())[0].parameters()} == {torch.float32}
+
+
+def test_a_model_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
+    def unreachable(name, **kwargs):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(models, "snapshot_download", unreachable)
+    with pytest.raises(ParamsError, match=r"model = 'x/y': .* \(no route to the hub\).*hf download x/y"):
+        models.fetch("x/y")
+    with pytest.raises(ParamsError, match=r"the folder lacks config.json, \*.safetensors, tokenizer\*"):
+        models.fetch(str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64), (300, 100)])
+def test_an_image_of_any_shape_is_one_tile_for_internvl(bases, shape):
+    _, processor = load(bases("internvl").checkpoint)
+    ids = prompt(processor, [Image.new("RGB", shape)])["input_ids"][0].tolist()
+    context = processor.tokenizer.convert_tokens_to_ids(models.IMAGE_TOKENS["internvl"][1])
+    assert ids.count(context) == processor.image_seq_length
+
+
+def test_a_missing_package_is_a_plain_error(base, tiny, monkeypatch):
+    def lacking(folder):
+        raise ImportError("GotOcr2ImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lacking)
+    with pytest.raises(ParamsError, match="requires the Torchvision library"):
+        load(base.checkpoint, tiny())
 
 
 def test_a_saved_adapter_comes_back_merged(vlm, inputs, tmp_path):

@@ -142,7 +142,7 @@ def test_progress_off_is_silent(monkeypatch, capfd):
 
 def test_two_processes_take_turns_on_a_run(tmp_path):
     run, same = (Run.open(tmp_path, "work", {"a": 1}) for _ in range(2))
-    with run.locked(), pytest.raises(Timeout), same.locked().acquire(timeout=0.05):
+    with run.locked(), pytest.raises(Timeout), same.lock.acquire(timeout=0.05):
         pass
     with same.locked():
         assert not same.done
