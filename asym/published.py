@@ -52,6 +52,9 @@ def fetch(source: str) -> DatasetDict:
     if missing:
         has = ", ".join(f"{name} ({', '.join(rows.column_names)})" for name, rows in found.items())
         raise ParamsError(f"data = {source!r}: lacks {', '.join(missing)}; it has {has}")
+    other = [name for name in found if found[name].features["response"].dtype != "string"]
+    if other:
+        raise ParamsError(f"data = {source!r}: must hold text in the column response, not so in {', '.join(other)}")
     return found
 
 

@@ -131,6 +131,16 @@ def test_the_last_right_answer_counts_and_our_own_grammar_is_kept():
     assert (taken.perception, taken.failure) == ("[[0, 1], [1, 2]]", "")
 
 
+def test_what_is_seen_may_stand_inside_another_value():
+    task = get_task("sudoku", size=4, blanks=(5, 8))
+    assert split(segment(task, GRID, f'{{"grid": {SEEN}}} so {SOLVED}')).perception == SEEN
+
+
+def test_published_data_is_not_exported_as_ours(tiny, tmp_path):
+    with pytest.raises(ParamsError, match="data = 'hub:x/y': must be generated"):
+        export(tiny(data="hub:x/y"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -468,6 +468,15 @@ def test_a_finished_arm_is_reused_and_what_determines_it_names_its_folder(tiny, 
             train_arm(p, base, task, arm, seed)
 
 
+def test_what_a_released_model_reads_and_how_names_its_folder_too(tiny, base, root):
+    """The base of such a study is a folder, which does not tell the data apart as the small base's parameters do."""
+    changes = {"data": "elsewhere", "image_size": 64, "blanks_max": 7, "dtype": "bfloat16", "attention": "eager"}
+    studies = [tiny(), *(tiny(**{key: value}) for key, value in changes.items())]
+    studies += [tiny(data="elsewhere", n_validation=3)]  # rows that SFT gives up
+    folders = {sft.along(p, base, "sudoku", "ngdiff", 0)[p.sft_steps].folder for p in studies}
+    assert len(folders) == len(studies)
+
+
 def test_checkpoints_along_a_training_are_those_it_passed(tiny, base, root, monkeypatch):
     """Also when they are asked for only after the arm has been trained."""
     bare = train_arm(tiny(sft_steps=5, curve_every=0), base, "sudoku", "ngdiff", 0)

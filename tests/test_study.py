@@ -1,3 +1,5 @@
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -61,6 +63,33 @@ def test_a_study_fails_resumes_and_completes(repo):
     with pytest.raises(ParamsError, match="or no --only"):
         run_study(params, ["01"], {"n_test": "6"}, root=repo)
     assert (repo / "log").read_text() == "12121"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"vllm": "true"}, "vllm = True: needs the package vllm, which is not installed"),
+        ({"attention": "flash_attention_2"}, "attention = 'flash_attention_2': needs the package flash_attn"),
+        ({"model": "/no/such/model"}, "model = '/no/such/model': is no folder here and cannot be downloaded"),
+        ({"data": "/no/such/data", "tasks": "[sudoku]"}, "data = '/no/such/data': must be generated, hub:"),
+    ],
+)
+def test_what_the_machine_lacks_is_told_before_anything_runs(repo, overrides, message):
+    with pytest.raises(ParamsError, match=re.escape(message)):
+        run_study(repo / "tiny.yaml", None, overrides, root=repo)
+    assert not (repo / "results").exists()
+
+
+def test_results_from_before_a_parameter_existed_are_those_of_its_default(repo):
+    (repo / "fixed").touch()
+    run_study(repo / "tiny.yaml", root=repo)
+    path = repo / "results" / "tiny" / "manifest.json"
+    old = json.loads(path.read_text())
+    del old["params"]["vllm"]
+    path.write_text(json.dumps(old))
+    run_study(repo / "tiny.yaml", ["01"], root=repo)
+    with pytest.raises(ParamsError, match="or no --only"):
+        run_study(repo / "tiny.yaml", ["01"], {"n_test": "6"}, root=repo)
 
 
 @pytest.mark.parametrize(
