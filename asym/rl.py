@@ -8,6 +8,7 @@ differ in what they are paid for (`rewards.weights_of`), two also in which token
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
@@ -32,6 +33,9 @@ from asym.runs import Run, first, repo_root, write_csv, write_parquet
 from asym.self_rewards import SELF_REWARDS, Policy
 from asym.sft import TRAINING, ProgressCallback, share, threads, whole_weights
 from asym.tasks import Task
+
+# TRL 1.16 asks transformers by a name that is on its way out
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 SAVE_EVERY = 5  # steps; a step is long
 REWARDS = (*LABELLED, *SURROGATES)
