@@ -44,6 +44,13 @@ def test_what_is_exported_comes_back_the_same(exported):
     assert "data/test-*" in (folder / "README.md").read_text()
 
 
+def test_another_folder_of_the_same_name_is_other_data(exported, tiny, tmp_path):
+    p, first = exported
+    second, _ = export(tiny(n_test=4, n_train_sft=6, n_train_rl=2, n_validation=2), tmp_path / "again")
+    for folder, rows in ((first, 3), (second, 4), (first, 3)):
+        assert len(load_split(p.model_copy(update={"data": str(folder), "n_test": 9}), "sudoku", "test", 0)) == rows
+
+
 def test_without_a_validation_split_the_end_of_sft_data_is_held_out(exported, tmp_path):
     p, folder = exported
     (folder / "data" / "validation-00000-of-00001.parquet").unlink()
@@ -149,7 +156,7 @@ def test_published_data_is_not_exported_as_ours(tiny, tmp_path):
     ],
 )
 def test_data_that_cannot_be_had_says_what_to_do(source, message, monkeypatch):
-    def unreachable(name):
+    def unreachable(name, **options):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(published, "load_dataset", unreachable)
