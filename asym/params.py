@@ -249,6 +249,15 @@ class Params(BaseModel):
             raise ValueError(f"twice its value must divide image_size = {info.data['image_size']}")
         return value
 
+    @field_validator("rl_prompts")
+    @classmethod
+    def _has_enough_problems(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("n_train_rl", value):
+            raise ValueError(
+                f"must be at most n_train_rl = {info.data['n_train_rl']}, for a step takes them all at once"
+            )
+        return value
+
     @field_validator("rl_start_arm")
     @classmethod
     def _sft_arm(cls, value: str) -> str:

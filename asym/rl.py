@@ -254,11 +254,16 @@ def _train(p: Params, start: Run, run: Run) -> None:
         **_generation(p, run, model, processor),
         **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
+    data = load_split(p, task, "train_rl", seed)
+    if len(data) < p.rl_prompts:  # the trainer would take no step, and not say so
+        raise ParamsError(
+            f"rl_prompts = {p.rl_prompts}: must be at most the {len(data)} rows of train_rl that can be used"
+        )
     trainer = RolloutTrainer(
         model=model,
         args=arguments,
         reward_funcs=[as_trl(reward, task_of(p, task), policy if reward in asked else None) for reward in rewards],
-        train_dataset=prompts(load_split(p, task, "train_rl", seed)),
+        train_dataset=prompts(data),
         processing_class=processor,
         peft_config=models.prepare_training(model, p),
         callbacks=[ProgressCallback(f"RL {task} {arm}")],

@@ -57,6 +57,7 @@ def test_parameters_cells_hold_the_defaults(path: Path):
         ("n_test: 2.0", "n_test = 2.0: must be a valid integer"),
         ("study: ../elsewhere", "study = '../elsewhere': must be a folder name"),
         ("data: hub:x/y", "data = 'hub:x/y': must be generated where tasks has several"),
+        ("n_train_rl: 3", "rl_prompts = 4: must be at most n_train_rl = 3"),
         ("tasks: [chess]", "tasks[0] = 'chess': must be 'sudoku' or 'graph_coloring'"),
         ("surrogates: [luck]", "surrogates[0] = 'luck': must be 'self_blindfold', 'solver_blindfold'"),
         ("credits: [reweighted_2]", "credits = ['reweighted_2']: must hold span_routed, or reweighted_"),

@@ -7,6 +7,7 @@ from asym import models
 from asym.base import train_base
 from asym.data import export
 from asym.evaluate import measure
+from asym.params import ParamsError
 from asym.rl import train_arm as train_rl
 from asym.rl import train_start
 from asym.sft import train_arm
@@ -25,6 +26,8 @@ def test_a_released_model_goes_through_sft_and_rl_on_published_data(family, base
     assert tuned.metrics().grad_norm_perception.gt(0).all()
     start = train_start(p, base, "sudoku", 0)
     assert start.folder == tuned.folder
+    with pytest.raises(ParamsError, match="rl_prompts = 3: must be at most the 2 rows of train_rl"):
+        train_rl(p.model_copy(update={"rl_prompts": 3, "n_train_rl": 3}), start, "sudoku", "alpha_0.5", 0)
     run = train_rl(p, start, "sudoku", "alpha_0.5", 0)
     assert (run.checkpoint / "adapter_model.safetensors").exists()
     assert not (run.checkpoint / "model.safetensors").exists()
