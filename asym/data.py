@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import PIL.Image
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 
 from asym import published
 from asym.params import Params, ParamsError
@@ -24,7 +24,6 @@ from asym.transcript import compose
 
 # A problem belongs to the split its hash falls into: no two splits can share one, whatever the seed.
 SHARES = {"train_base": 0.5, "train_sft": 0.25, "train_rl": 0.1, "validation": 0.05, "test": 0.1}
-disable_progress_bars()  # conversion takes moments; long work has the study's own bar
 
 ATTEMPTS = 20_000  # draws for one problem before a split counts as exhausted
 

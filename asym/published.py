@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars, load_dataset
 
 from asym.params import Params, ParamsError
 from asym.tasks import Task
 from asym.tasks.task import MAX_JSON
 from asym.transcript import compose, split
+
+disable_progress_bars()  # conversion takes moments; long work has the study's own bar
 
 COLUMNS = ("query", "image", "ground_truth", "response")
 SPLITS = ("test", "train_sft", "train_rl")

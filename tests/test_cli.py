@@ -125,7 +125,7 @@ def test_a_wrong_request_starts_nothing(arguments, message):
 
 
 def test_screen_ranks_the_surrogates_of_a_checkpoint(base, root, monkeypatch, capsys):
-    sizes = ["n_train_rl=2", "n_coupling=2", "coupling_rollouts=2", "max_new_tokens=8", "image_size=32", "bootstrap=10"]
+    sizes = ["n_train_rl=4", "n_coupling=2", "coupling_rollouts=2", "max_new_tokens=8", "image_size=32", "bootstrap=10"]
     asked = ["screen", "params/smoke.yaml", "--model", str(base.checkpoint), "--task", "sudoku", "--set", *sizes]
     monkeypatch.chdir(repo_root())
     assert main(asked) == 0
