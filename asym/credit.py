@@ -8,8 +8,8 @@
   others), as SFT weighs them; as an advantage per token that is A·λ·N/n_p and A·(1 − λ)·N/n_r of N = n_p + n_r tokens.
 
 *Gradients*: ∇ Σ A·log π of the rollouts of one checkpoint, for several rewards, beside the gradient of perception: that
-of exact perception through the perception tokens. (A response that cannot be read earns no perception either, so both
-the routed credit and this gradient also push, a little, for what makes a response come to an end.)
+of exact perception through the perception tokens. Whether perception is right does not depend on the tokens after it,
+so neither the routed credit nor this gradient pays for anything else.
 """
 
 import re

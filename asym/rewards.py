@@ -48,8 +48,8 @@ def solver_blindfold(task: Task, problems: Sequence[Any], completions: Sequence[
     """
     rewards = []
     for problem, text in zip(problems, completions, strict=True):
-        seen, _, failure = read(task, problem, text)
-        answer = None if failure else task.solve(seen)
+        seen = read(task, problem, text)[0]
+        answer = None if seen is None else task.solve(seen)
         rewards.append(float(answer is not None and task.solves(answer, problem)))
     return rewards
 
@@ -58,8 +58,8 @@ def validity(task: Task, problems: Sequence[Any], completions: Sequence[str]) ->
     """The perception could be a problem of this task: no clash and one solution; a simple graph."""
     rewards = []
     for problem, text in zip(problems, completions, strict=True):
-        seen, _, failure = read(task, problem, text)
-        rewards.append(float(not failure and task.valid(seen)))
+        seen = read(task, problem, text)[0]
+        rewards.append(float(seen is not None and task.valid(seen)))
     return rewards
 
 
@@ -72,7 +72,7 @@ def group_agreement(task: Task, problems: Sequence[Any], completions: Sequence[s
     rewards = []
     for index, problem in enumerate(problems):
         others = [seen[other] for other in groups[problem] if other != index]
-        similar = [0.0 if s is None else task.similarity(seen[index], s) for s in others] if seen[index] else [0.0]
+        similar = [0.0 if None in (seen[index], s) else task.similarity(seen[index], s) for s in others]
         rewards.append(fmean(similar) if similar else 0.0)
     return rewards
 

@@ -1,6 +1,6 @@
 """Every score of one response, from the problem and the text alone: no model, no stored solution, no exception."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from asym.tasks import Task
@@ -9,7 +9,10 @@ from asym.transcript import split
 
 @dataclass(frozen=True)
 class Score:
-    """What one response is worth. A malformed response scores 0 on everything.
+    """What one response is worth.
+
+    A malformed response scores 0, but for its perception where it begins with one that can be read: a model that saw
+    right and then reasons without an end has failed to reason, not to see.
 
     Attributes:
         a: the answer solves the problem (1.0 or 0.0).
@@ -27,28 +30,26 @@ class Score:
 
 
 def read(task: Task, problem: Any, completion: str) -> tuple[Any, Any, str]:
-    """What a response sees and answers, and why it could not be read ("" when it could; both are None otherwise)."""
+    """What a response sees and answers, None where that cannot be read, and why it is malformed ("" when it is not)."""
     response = split(completion)
-    if response.failure:
-        return None, None, response.failure
     try:
         seen = task.parse_perception(response.perception, problem)
     except ValueError as error:
-        return None, None, f"perception: {error}"
+        return None, None, response.failure or f"perception: {error}"
+    if response.failure:
+        return seen, None, response.failure
     try:
         return seen, task.parse_answer(response.answer, problem), ""
     except ValueError as error:
-        return None, None, f"answer: {error}"
+        return seen, None, f"answer: {error}"
 
 
 def score(task: Task, problem: Any, completion: str) -> Score:
     """Score a completion; never raises on any text."""
     seen, answer, failure = read(task, problem, completion)
-    if failure:
-        return Score(parse_failure=failure)
-    return Score(
-        a=float(task.solves(answer, problem)),
-        a_p=float(seen == problem),
-        a_p_graded=task.similarity(seen, problem),
-        a_own=float(task.solves(answer, seen)),
-    )
+    result = Score(parse_failure=failure)
+    if seen is not None:
+        result = replace(result, a_p=float(seen == problem), a_p_graded=task.similarity(seen, problem))
+    if not failure:
+        result = replace(result, a=float(task.solves(answer, problem)), a_own=float(task.solves(answer, seen)))
+    return result

@@ -1,7 +1,7 @@
 """Surrogates that ask the model itself: label-free perception rewards that take another pass of the policy.
 
 Beside what every reward takes (`rewards.py`) they take what the policy was shown and the policy; they return one number
-in [0, 1] per response, 0 where it cannot be read. Neither draws a random number, so asking changes no rollout.
+in [0, 1] per response, 0 where its perception cannot be read. Neither draws a random number: asking changes no rollout.
 """
 
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ def image_dependence(
 
 
 def _begun(task: Task, problem: Any, completion: str) -> str:
-    """A response up to the end of its perception; "" if it cannot be read."""
-    return "" if read(task, problem, completion)[2] else prefill(split(completion).perception)
+    """A response up to the end of its perception; "" if that cannot be read."""
+    return "" if read(task, problem, completion)[0] is None else prefill(split(completion).perception)
 
 
 @torch.no_grad()

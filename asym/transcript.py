@@ -21,7 +21,11 @@ _TAG = re.compile("|".join(TAGS))
 
 @dataclass(frozen=True)
 class Response:
-    """A completion taken apart. `failure` says why it is malformed ("" when it is not); the texts are then empty."""
+    """A completion taken apart. `failure` says why it is malformed ("" when it is not).
+
+    A malformed one keeps its perception if it begins with a closed perception span: what was seen does not depend on
+    what was written after it. Its other texts are empty.
+    """
 
     perception: str = ""
     reasoning: str = ""
@@ -52,13 +56,20 @@ def split(completion: str) -> Response:
     tags = [(match.group(), match.start(), match.end()) for match in _TAG.finditer(completion)]
     names = tuple(tag for tag, _, _ in tags)
     if names != TAGS:
-        return Response(failure=_what_is_wrong(completion, names))
+        return Response(_first_span(completion), failure=_what_is_wrong(completion, names))
     bounds = [0, *(position for _, start, end in tags for position in (start, end)), len(completion)]
     pieces = [completion[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
     # pieces: before, perception, between, reasoning, between, answer, after
     if any(piece.strip() for piece in pieces[::2]):
-        return Response(failure="text outside the tags")
+        return Response(_first_span(completion), failure="text outside the tags")
     return Response(*(piece.strip() for piece in pieces[1::2]))
+
+
+def _first_span(completion: str) -> str:
+    """The text of the perception span that a completion begins with, "" if it does not begin with a closed one."""
+    before, _, rest = completion.partition(TAGS[0])
+    text, closing, _ = rest.partition(TAGS[1])
+    return text.strip() if closing and not before.strip() else ""
 
 
 def _what_is_wrong(completion: str, names: tuple[str, ...]) -> str:

@@ -86,7 +86,9 @@ def test_scores_are_those_of_the_stored_text(tiny, base, root, oracle, name):
     assert (misread.a_p == 0).all()
     assert (unfinished.parse_failure == "no </answer>").all()
     assert (nonsense.parse_failure == "no <perception>").all()
-    assert (pd.concat([unfinished, nonsense])[["a", "a_p", "a_p_graded", "a_own"]] == 0).all(axis=None)
+    assert (nonsense[["a", "a_p", "a_p_graded", "a_own"]] == 0).all(axis=None)
+    assert (unfinished[["a", "a_own"]] == 0).all(axis=None)
+    assert (unfinished.a_p == 1).all()  # it saw right before it broke off
     assert [call["temperature"] for call in calls] == [0, 0]
     assert all(image is not None for call in calls for image in call["images"])
 

@@ -21,7 +21,7 @@ from asym.rewards import (
 )
 from asym.tasks import GraphColoring, Sudoku
 from asym.tasks.graph_coloring import Graph
-from asym.transcript import TAGS, compose
+from asym.transcript import TAGS, compose, prefill
 
 ALL = (*LABELLED, *SURROGATES)
 SUDOKU, COLORING = Sudoku(), GraphColoring()
@@ -84,11 +84,22 @@ def test_solver_blindfold_pays_for_a_wrong_perception_whose_solution_fits():
 
 @pytest.mark.parametrize(
     "completion",
-    ["", "no tags", "[" * 10**6, compose("", "", ""), compose(SEEN, "", GRID) * 2, "<answer>" * 10**5, "٣", "\ud800"],
+    ["", "no tags", "[" * 10**6, compose("", "", ""), "x" + compose(SEEN, "", GRID), "<answer>" * 10**5, "٣", "\ud800"],
 )
-def test_a_malformed_response_earns_nothing_from_any_reward(completion):
+def test_a_response_whose_perception_cannot_be_read_earns_nothing_from_any_reward(completion):
     for reward in ALL:
         assert reward(SUDOKU, [PUZZLE, PUZZLE], [completion, compose(SEEN, "", GRID)])[0] == 0, reward.__name__
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "<reasoning>on and on", "<reasoning></reasoning><answer>?</answer>", compose(SEEN, "", GRID)]
+)
+def test_a_response_that_saw_right_and_goes_wrong_after_is_paid_for_seeing_alone(rest):
+    paid = {reward.__name__: one(reward, SUDOKU, PUZZLE, SEEN, GRID) for reward in ALL}
+    for_seeing = {"perception", "perception_graded", "solver_blindfold", "validity", "group_agreement"}
+    for reward in ALL:
+        got = reward(SUDOKU, [PUZZLE], [prefill(SEEN) + rest])[0]
+        assert got == (paid[reward.__name__] if reward.__name__ in for_seeing else 0), reward.__name__
 
 
 @patient

@@ -73,19 +73,39 @@ def test_own_perception_reasoning_judges_by_what_the_response_says_it_saw():
     assert sudoku(misread) == Score(a=1.0, a_p=0.0, a_p_graded=15 / 16, a_own=0.0)
 
 
+SAW_RIGHT = {"a_p": 1.0, "a_p_graded": 1.0}
+
+
 @pytest.mark.parametrize(
     ("completion", "reason"),
     [
         ("", "empty completion"),
         (GRID, "no <perception>"),
-        (compose(SEEN, "", GRID) * 2, "<perception> more than once"),
+        (f"<perception>{SEEN}", "no </perception>"),
         (compose(f"<perception>{SEEN}</perception>", "", GRID), "<perception> more than once"),
         (f"<perception>{SEEN}<answer>{GRID}</answer></perception><reasoning></reasoning>", "tags out of order"),
-        (compose(SEEN, "", GRID) + "<answer>", "<answer> more than once"),
         ("x" + compose(SEEN, "", GRID), "text outside the tags"),
         (compose("", "", GRID), "perception: not valid JSON"),
-        (compose(SEEN, "", ""), "answer: not valid JSON"),
+        (compose("", SEEN, GRID) + "<answer>", "<answer> more than once"),
         (compose("9" * 3999, "", GRID), "perception: not a list of 4 rows"),
+        (compose(SEEN.replace('"-"', "0"), "", GRID), "perception: a cell that is no digit or blank"),
+        (compose("[" * 3999, "", GRID), "perception: not valid JSON"),
+        (compose("[" * 1_000_000, "", GRID), "perception: more than 4000 characters"),
+    ],
+)
+def test_a_response_whose_perception_cannot_be_read_scores_zero_with_its_reason(completion, reason):
+    assert score(SUDOKU, PUZZLE, completion) == Score(parse_failure=reason)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        (compose(SEEN, "", GRID) * 2, "<perception> more than once"),
+        (compose(SEEN, f"no, <perception>{SEEN.replace('2', '3')}</perception>", GRID), "<perception> more than once"),
+        (compose(SEEN, "", GRID) + "<answer>", "<answer> more than once"),
+        (compose(SEEN, "", GRID) + "x", "text outside the tags"),
+        (compose(SEEN, "round and " * 100, GRID).partition("</reasoning>")[0], "no </reasoning>"),
+        (compose(SEEN, "", ""), "answer: not valid JSON"),
         (compose(SEEN, "", GRID.replace("[[1", "[[" + "1" * 3000)), "answer: a cell that is no digit"),
         (compose(SEEN, "", GRID.replace("[[1", "[[1e999")), "answer: a cell that is no digit"),
         (compose(SEEN, "", GRID.replace("[[1", "[[1.0")), "answer: a cell that is no digit"),
@@ -95,43 +115,51 @@ def test_own_perception_reasoning_judges_by_what_the_response_says_it_saw():
         (compose(SEEN, "", GRID.replace("[[1", "[[٣")), "answer: not valid JSON"),
         (compose(SEEN, "", GRID.replace("[[1", "[[5")), "answer: a cell that is no digit"),
         (compose(SEEN, "", SEEN), "answer: a cell that is no digit"),
-        (compose(SEEN.replace('"-"', "0"), "", GRID), "perception: a cell that is no digit or blank"),
-        (compose("[" * 3999, "", GRID), "perception: not valid JSON"),
-        (compose("[" * 1_000_000, "", GRID), "perception: more than 4000 characters"),
         (compose(SEEN, "", "[[1, 2], [3, 4]]"), "answer: not a list of 4 rows"),
         (compose(SEEN, "", GRID.replace("[1, 2, 3, 4]", "[1, 2, 3]")), "answer: a row without 4 cells"),
         (compose(SEEN, "", "{}"), "answer: not a list of 4 rows"),
     ],
 )
-def test_a_malformed_sudoku_response_scores_zero_with_its_reason(completion, reason):
-    assert score(SUDOKU, PUZZLE, completion) == Score(parse_failure=reason)
+def test_what_is_malformed_after_a_perception_costs_the_answer_not_the_perception(completion, reason):
+    assert score(SUDOKU, PUZZLE, completion) == Score(parse_failure=reason, **SAW_RIGHT)
+    misread = completion.replace(SEEN, SEEN.replace('"-", 2, "-", 4', '"-", 2, "-", 3'), 1)
+    assert score(SUDOKU, PUZZLE, misread) == Score(parse_failure=reason, a_p_graded=15 / 16)
 
 
 @pytest.mark.parametrize(
-    ("perception", "answer", "reason"),
+    ("perception", "reason"),
     [
-        ("[[0, 1], [1, 0]]", COLORS, "perception: an edge given twice"),
-        ("[[1, 1]]", COLORS, "perception: an edge from a vertex to itself"),
-        ("[[0, 4]]", COLORS, "perception: an edge that is not two vertices from 0 to 3"),
-        ("[[0, -1]]", COLORS, "perception: an edge that is not two vertices from 0 to 3"),
-        ("[[0, true]]", COLORS, "perception: an edge that is not two vertices from 0 to 3"),
-        ("[[0, 1, 2]]", COLORS, "perception: an edge that is not two vertices from 0 to 3"),
-        ("[0, 1]", COLORS, "perception: an edge that is not two vertices from 0 to 3"),
-        ("0-1, 1-2", COLORS, "perception: not valid JSON"),
-        ('{"edges": []}', COLORS, "perception: not a list of edges"),
-        (EDGES, '["a", "b", "a"]', "answer: not a list of 4 colors"),
-        (EDGES, '"abab"', "answer: not a list of 4 colors"),
-        (EDGES, '["a", "b", "a", 1]', "answer: a color that is not a letter a to z"),
-        (EDGES, '["a", "b", "a", ""]', "answer: a color that is not a letter a to z"),
-        (EDGES, '["a", "b", "a", "ab"]', "answer: a color that is not a letter a to z"),
-        (EDGES, '["a", "b", "a", ["b"]]', "answer: a color that is not a letter a to z"),
-        (EDGES, '["a", "b", "a", "é"]', "answer: a color that is not a letter a to z"),
-        (EDGES, r'["a", "b", "a", "\ud800"]', "answer: a color that is not a letter a to z"),
-        (EDGES, '{"0": "a", "1": "b", "2": "a"}', "answer: not the vertices 0 to 3"),
+        ("[[0, 1], [1, 0]]", "perception: an edge given twice"),
+        ("[[1, 1]]", "perception: an edge from a vertex to itself"),
+        ("[[0, 4]]", "perception: an edge that is not two vertices from 0 to 3"),
+        ("[[0, -1]]", "perception: an edge that is not two vertices from 0 to 3"),
+        ("[[0, true]]", "perception: an edge that is not two vertices from 0 to 3"),
+        ("[[0, 1, 2]]", "perception: an edge that is not two vertices from 0 to 3"),
+        ("[0, 1]", "perception: an edge that is not two vertices from 0 to 3"),
+        ("0-1, 1-2", "perception: not valid JSON"),
+        ('{"edges": []}', "perception: not a list of edges"),
     ],
 )
-def test_a_malformed_coloring_response_scores_zero_with_its_reason(perception, answer, reason):
-    assert coloring(perception, answer) == Score(parse_failure=reason)
+def test_a_malformed_edge_list_scores_zero_with_its_reason(perception, reason):
+    assert coloring(perception) == Score(parse_failure=reason)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ('["a", "b", "a"]', "answer: not a list of 4 colors"),
+        ('"abab"', "answer: not a list of 4 colors"),
+        ('["a", "b", "a", 1]', "answer: a color that is not a letter a to z"),
+        ('["a", "b", "a", ""]', "answer: a color that is not a letter a to z"),
+        ('["a", "b", "a", "ab"]', "answer: a color that is not a letter a to z"),
+        ('["a", "b", "a", ["b"]]', "answer: a color that is not a letter a to z"),
+        ('["a", "b", "a", "é"]', "answer: a color that is not a letter a to z"),
+        (r'["a", "b", "a", "\ud800"]', "answer: a color that is not a letter a to z"),
+        ('{"0": "a", "1": "b", "2": "a"}', "answer: not the vertices 0 to 3"),
+    ],
+)
+def test_a_malformed_coloring_scores_zero_with_its_reason(answer, reason):
+    assert coloring(answer=answer) == Score(parse_failure=reason, **SAW_RIGHT)
 
 
 PIECES = st.sampled_from([*TAGS, SEEN, GRID, EDGES, COLORS, "[", "]", ",", '"-"', "٣", "1e999", "\n"]) | st.text()
@@ -142,12 +170,10 @@ PIECES = st.sampled_from([*TAGS, SEEN, GRID, EDGES, COLORS, "[", "]", ",", '"-"'
 def test_no_text_makes_the_score_raise_or_leave_its_range(completion):
     for task, problem, _, _ in TRUTHS:
         result = score(task, problem, completion)
-        if result.parse_failure:
-            assert result == Score(parse_failure=result.parse_failure)
-        else:
-            assert result.a_p in (0, 1)
-            assert 0 <= result.a_p_graded <= 1
-            assert (result.a_p == 1) == (result.a_p_graded == 1)
+        assert result.a == result.a_own == 0 or not result.parse_failure
+        assert result.a_p in (0, 1)
+        assert 0 <= result.a_p_graded <= 1
+        assert (result.a_p == 1) == (result.a_p_graded == 1)
 
 
 @patient
@@ -196,3 +222,4 @@ def test_a_hostile_9x9_perception_is_scored_at_once():
 def test_read_gives_what_was_seen_and_answered():
     assert read(SUDOKU, PUZZLE, compose(SEEN, "", GRID)) == (PUZZLE, SOLUTION, "")
     assert read(SUDOKU, PUZZLE, "") == (None, None, "empty completion")
+    assert read(SUDOKU, PUZZLE, compose(SEEN, "", "")) == (PUZZLE, None, "answer: not valid JSON")

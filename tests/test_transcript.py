@@ -68,14 +68,33 @@ def test_any_segments_survive_compose_and_split(perception, reasoning, answer):
     ],
 )
 def test_malformed_completion_fails_with_its_reason(completion, failure):
-    assert split(completion) == Response(failure=failure)
+    response = split(completion)
+    assert response == Response(response.perception, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("completion", "perception"),
+    [
+        (" <perception> 1 </perception>", "1"),
+        (compose("1", "2", "3").partition("</reasoning>")[0], "1"),
+        (compose("1", "2", "3") + compose("4", "5", "6"), "1"),
+        (compose("1", "2 <perception>4</perception>", "3"), "1"),
+        ("so " + compose("1", "2", "3"), ""),
+        ("<perception>1", ""),
+        ("</perception>" + compose("1", "2", "3"), ""),
+        ("<reasoning>2</reasoning><perception>1</perception>", ""),
+    ],
+)
+def test_a_malformed_completion_keeps_the_perception_it_begins_with(completion, perception):
+    assert split(completion).failure
+    assert split(completion).perception == perception
 
 
 @patient
 @given(HOSTILE)
 def test_no_text_makes_split_raise(completion):
     response = split(completion)
-    assert response == Response(failure=response.failure) or not response.failure
+    assert response == Response(response.perception, failure=response.failure) or not response.failure
 
 
 @pytest.mark.parametrize("unit", ["<perception>", "<", "<perception", " ", "</answer><answer>", "é<reasoning>[[1"])
