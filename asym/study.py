@@ -56,9 +56,8 @@ def run_study(
     results = results_dir(params.study, root)
     before = read_manifest(results)
     # A parameter that is newer than those results was at its default when they were made
-    same = not before or Params().model_dump() | before.get("params", {}) == params.model_dump() | {
-        "study": params.study
-    }
+    made = Params().model_dump() | before.get("params", {})
+    same = "params" not in before or made == params.model_dump()
     if only and not same:
         raise ParamsError(f"{results}: study = {params.study!r}: must have the same parameters as before, or no --only")
 

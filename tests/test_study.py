@@ -65,6 +65,12 @@ def test_a_study_fails_resumes_and_completes(repo):
     assert (repo / "log").read_text() == "12121"
 
 
+def test_a_part_of_a_study_can_be_run_first(repo):
+    run_study(repo / "tiny.yaml", ["01"], root=repo)
+    assert (repo / "log").read_text() == "1"
+    assert not read_manifest(repo / "results" / "tiny")["complete"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
