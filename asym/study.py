@@ -120,12 +120,17 @@ def write_readme(root: Path) -> None:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown; estimate, low and high become one column."""
+    """A table as Markdown; estimate, low and high become one column, or one per measure where there are several."""
     if {"estimate", "low", "high"} <= set(table):
         digits = np.where(table.get("claim", pd.Series("", table.index)).isin(CORRELATIONS), 2, 1)
         cells = zip(table.estimate, table.low, table.high, digits, strict=True)
         shown = ["" if np.isnan(x) else f"{x:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for x, low, high, d in cells]
         table = table.assign(estimate=shown).drop(columns=["low", "high"])
+    if "measure" in table:
+        measures = list(table.measure.unique())
+        about = [name for name in table if name not in ("measure", "estimate")]
+        table = table.pivot(index=about, columns="measure", values="estimate").reset_index()
+        table = table[[name for name in about if name not in ("n", "seeds")] + measures + ["n", "seeds"]]
     lines = [
         list(table),
         ["---"] * table.shape[1],
