@@ -138,6 +138,7 @@ class Params(BaseModel):
         "", description="folder of a checkpoint of your own that RL starts from; '' for an SFT arm"
     )
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
+    rl_start_verbosity: Verbosity = Field(1, description="its `verbosity`: short traces make for more rollouts")
     rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0 for the first that is half good")
     rl_steps: Count = Field(2, description="steps of every RL arm")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")

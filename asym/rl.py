@@ -193,11 +193,17 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
     return Run.linked(repo_root(), folder)
 
 
+def like_start(p: Params) -> Params:
+    """The parameters of SFT arms with traces as long as those of the arm that RL starts from."""
+    return p.model_copy(update={"verbosity": p.rl_start_verbosity})
+
+
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
     """The SFT checkpoint after `p.rl_start_steps`, or the first along the arm that is half good at both halves.
 
     Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least.
     """
+    p = like_start(p)
     if p.rl_start_steps:
         return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
     sft.train_arm(p, base, task, p.rl_start_arm, seed)

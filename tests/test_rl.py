@@ -306,9 +306,9 @@ def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, start
 
 
 def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
-    run = train_start(tiny(rl_start_arm="lambda_0.5", rl_start_steps=1), base, "sudoku", 0)
-    assert run.config["arm"] == "lambda_0.5"
-    assert run.config["steps"] == 1
+    p = tiny(rl_start_arm="lambda_0.5", rl_start_steps=1, rl_start_verbosity=2, verbosity=1)
+    run = train_start(p, base, "sudoku", 0)
+    assert run.config | {"arm": "lambda_0.5", "steps": 1, "verbosity": 2} == run.config
 
 
 def test_arms_are_those_of_the_parameters():
