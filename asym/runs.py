@@ -254,7 +254,7 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 def write_parquet(path: Path, table: "pd.DataFrame") -> None:
     with _replacing(path) as temporary:
-        table.to_parquet(temporary, index=False)
+        table.to_parquet(temporary, index=False, compression="zstd", compression_level=9)  # texts: a third of the size
 
 
 class _FileBar(tqdm):
