@@ -10,6 +10,7 @@ Two readings of a rollout's reasoning:
 problem: a prompt group.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
@@ -67,28 +68,41 @@ def coupling_table(
 def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
     """Correlation of a with a_p and with a_r *across checkpoints*, each a point with its three accuracies.
 
-    `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. The interval
-    resamples problems, the checkpoints stay. Columns: task, family, pair, r, low, high, n (problems), checkpoints;
-    r is nan with fewer than `FEW` of them.
+    `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. Once for all of
+    them, which differ in λ, and once for those that token averaging passed. The interval resamples problems, the
+    checkpoints stay. `null` is the correlation that a would have if it were the product a_p · a_r at every checkpoint.
+    Columns: task, family, of (all arms, token_averaged), pair, r, low, high, n (problems), checkpoints, p and q (mean
+    a_p and a_r, 0..1), null; r is nan with fewer than `FEW` checkpoints.
     """
     records = []
-    for (task, family), part in rows.groupby(["task", "family"]):
+    kinds = {"all arms": rows, "token_averaged": rows[rows.arm == "token_averaged"]}
+    for of, (task, family) in itertools.product(kinds, rows.groupby(["task", "family"]).groups):
+        part = kinds[of][(kinds[of].task == task) & (kinds[of].family == family)]
+        if part.empty:
+            continue
         wide = {}
         for measure in ("a", "a_p", "a_r"):
             chosen = stats.select(part, measure)
             wide[measure] = chosen.pivot_table("value", "problem_id", ["arm", "seed", "step"])
         totals = np.stack([wide[measure].to_numpy() for measure in wide], axis=-1)[:, None]  # (problems, 1, K, 3)
-        for place, name in ((1, "perception"), (2, "reasoning")):
+        a_p, a_r = totals.mean((0, 1))[:, 1:].T  # (K,) each
+        for half, name in enumerate(("perception", "reasoning"), 1):
 
-            def correlation(sums, place=place):
-                a, half = (x - x.mean(-1, keepdims=True) for x in (sums[..., 0], sums[..., place]))
-                return (a * half).sum(-1) / np.sqrt((a**2).sum(-1) * (half**2).sum(-1))
+            def correlation(sums, half=half):
+                return _across(sums[..., 0], sums[..., half])
 
             few = totals.shape[2] < FEW
             estimate = asdict(stats.UNTESTED if few else stats.bootstrap(totals, correlation, resamples))
-            estimate |= {"seeds": totals.shape[2]}
-            records.append({"task": task, "family": family, "pair": f"outcome~{name}", **estimate})
-    return pd.DataFrame(records).rename(columns={"estimate": "r", "seeds": "checkpoints"})
+            null = np.nan if few else float(_across(a_p * a_r, (a_p, a_r)[half - 1]))
+            estimate |= {"seeds": totals.shape[2], "p": a_p.mean(), "q": a_r.mean(), "null": null}
+            records.append({"task": task, "family": family, "of": of, "pair": f"outcome~{name}", **estimate})
+    return pd.DataFrame(records).rename(columns={"estimate": "r", "seeds": "checkpoints"}).round(6)
+
+
+def _across(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's r along the last axis: (..., K) twice -> (...)."""
+    x, y = (values - values.mean(-1, keepdims=True) for values in (x, y))
+    return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 
 def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Estimate, stats.Estimate]:
@@ -114,18 +128,56 @@ def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1
     """How well each surrogate follows true perception on the rollouts of one checkpoint, before any RL.
 
     `rewards` names the surrogates' columns (a prefix "reward_" is dropped). One line per task × family × perception
-    (a_p: exact, a_p_graded) × scope (pooled, within_group) × surrogate, with r, low, high, n (problems), seeds and
-    rank: 1 is the highest r, nan where r is.
+    (a_p: exact, a_p_graded) × scope (pooled, within_group) × surrogate, with r, low, high, n (problems), seeds, spread
+    and rank: 1 is the highest r, nan where r is. `spread` is the surrogate's standard deviation within groups over that
+    of the outcome: GRPO normalises their weighted sum, so at equal weights the one that varies more decides more.
     """
     records = []
     for (task, family), group in rollouts.groupby(["task", "family"]):
+        within = group.groupby(["seed", "problem_id"])[["a", *rewards]].std(ddof=0).pow(2).mean().pow(0.5)
         for perception in ("a_p", "a_p_graded"):
             for scope, correlate in SCOPES.items():
                 for surrogate in rewards:
                     r = correlate(group[surrogate], group[perception], group.problem_id, group.seed, resamples)
                     line = {"task": task, "family": family, "surrogate": surrogate.removeprefix("reward_")}
-                    records.append(line | {"perception": perception, "scope": scope, **asdict(r)})
+                    line |= {"perception": perception, "scope": scope, **asdict(r)}
+                    records.append(line | {"spread": within[surrogate] / within.a if within.a else np.nan})
     table = pd.DataFrame(records).rename(columns={"estimate": "r"})
     block = ["task", "family", "perception", "scope"]
     table["rank"] = table.groupby(block).r.rank(ascending=False, method="min")
     return table.sort_values([*block, "rank", "surrogate"], ignore_index=True)
+
+
+def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
+    """Was a surrogate gamed? What its arm gains over outcome-only in the second half of GRPO, on the same problems.
+
+    Every arm meets the same problems in the same order, so gains are paired by problem. *Fooled* is the share of
+    rollouts that saw wrong and yet beat their group's mean of the surrogate: in outcome-only, nobody aimed at that.
+
+    Args:
+        rollouts: of GRPO, with the columns task, family, arm, seed, step, problem_id, a, a_p and one per surrogate.
+
+    Returns:
+        Columns task, family, arm, gain (surrogate, a_p, a, fooled), estimate, low, high (points), n, seeds. Of a
+        surrogate that outcome-only was not asked for, the gains in it and in fooled are nan, with n = 0.
+    """
+    late = rollouts[rollouts.step >= (rollouts.step.max() + 1) / 2]
+    group, records = ["seed", "step", "problem_id"], []
+    for (task, family), part in late.groupby(["task", "family"]):
+        for surrogate in surrogates:
+            means = {}
+            for arm in (surrogate, "outcome"):
+                own = part[part.arm == arm]
+                own = own.assign(
+                    surrogate=own[surrogate], ahead=own[surrogate] > own.groupby(group)[surrogate].transform("mean")
+                )
+                own = own.assign(fooled=(own.ahead & (own.a_p == 0)).where(own.surrogate.notna()).astype(float))
+                means[arm] = 100 * own.groupby(group)[["surrogate", "a_p", "a", "fooled"]].mean()
+            gains = (means[surrogate] - means["outcome"]).reset_index()
+            for name in ("surrogate", "a_p", "a", "fooled"):
+                known = gains.dropna(subset=name)
+                estimate = stats.accuracy(known, name, 1, resamples) if len(known) else stats.UNTESTED
+                line = {"task": task, "family": family, "arm": surrogate, "gain": name}
+                records.append(line | asdict(estimate))
+    columns = ["task", "family", "arm", "gain", "estimate", "low", "high", "n", "seeds"]
+    return pd.DataFrame(records, columns=columns)

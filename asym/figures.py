@@ -347,6 +347,7 @@ CLAIMS = {
     "C9": "best surrogate − outcome only",
     "C10": "ρ of screening and gain",
     "X1": "gap, longest reasoning − shortest",
+    "X1 perception lags": "lag behind NGDiff in a_p, likewise",
     "X2": "span-routed − best α",
     "X3": "NGDiff − perception first",
 }

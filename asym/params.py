@@ -141,6 +141,7 @@ class Params(BaseModel):
     rl_start_verbosity: Verbosity = Field(1, description="its `verbosity`: short traces make for more rollouts")
     rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0 for the first that is half good")
     rl_steps: Count = Field(2, description="steps of every RL arm")
+    rl_curve_every: Natural = Field(1, description="RL steps from one measurement of accuracy to the next; 0 for none")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")
     rl_prompts: Count = Field(4, description="prompts per step of RL")
     rl_group: int = Field(4, ge=2, description="rollouts per prompt of RL")

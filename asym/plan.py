@@ -1,8 +1,8 @@
 """What a study will need: parameters, memory, tokens, FLOPs and a time, computed from its parameters before any of it.
 
 Everything is arithmetic on the model's configuration; nothing is loaded. What is an assumption is called so in the
-column `how`. Left out: attention's quadratic part (small at these lengths), the vision tower's activations, the
-allocator's waste, evaluation's share of idle time.
+column `how`. Left out: the vision tower's activations, the allocator's waste, evaluation's share of idle time, the
+base of a small model, dose and response.
 """
 
 import re
@@ -97,9 +97,7 @@ def lengths(config: PretrainedConfig, p: Params, samples: int = 64) -> pd.Series
             responses.append(compose(task.transcribe(problem), *trace))
     count = lambda texts: fmean(len(_PIECES.findall(text)) for text in texts)  # noqa: E731
     response = count(responses)
-    if (
-        p.data != "generated"
-    ):  # the published responses are longer than ours: the paper gives perception's share of them
+    if p.data != "generated":  # published responses are longer than ours: the paper gives perception's share of them
         response = min(count(perceptions) / PAPERS_SHARE, p.max_new_tokens)
     found = {"image": image, "patches": patches, "prompt": count(prompts), "response": response}
     return pd.Series(found)
@@ -112,18 +110,17 @@ def plan(p: Params) -> pd.DataFrame:
     """What the study will need: columns quantity, value, unit, how."""
     config = config_of(p)
     text, n, length = config.get_text_config(), parameters(config, p), lengths(config, p)
+    rl_length = lengths(config, rl.like_start(p))
     size = 2 if p.dtype == "bfloat16" else 4
     total = n.language + n.projector + n.vision
     body = n.language - n.embeddings * (not text.tie_word_embeddings)  # tied, the table is the output's projection, too
     kept = 4 if p.lora_rank else size  # adapters are kept in 32 bits
-    context = length.image + length.prompt + length.response
+    context, rl_context = (each.image + each.prompt + each.response for each in (length, rl_length))
     limit = length.image + length.prompt + p.max_new_tokens
     width = WIDTHS * size / 2 * text.hidden_size
-    held = (
-        (text.hidden_size * size * text.num_hidden_layers + width)
-        if p.activation_checkpointing
-        else (width * text.num_hidden_layers)
-    )
+    held = width * text.num_hidden_layers
+    if p.activation_checkpointing:  # the input of every layer, and one layer whole
+        held = text.hidden_size * size * text.num_hidden_layers + width
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size * limit
     memory = {
         "weights": (total * size, f"{size} bytes each"),
@@ -135,7 +132,7 @@ def plan(p: Params) -> pd.DataFrame:
             p.rl_prompts
             * p.rl_group
             / p.rl_accumulation
-            * (context * held + 2 * 4 * length.response * text.vocab_size),
+            * (rl_context * held + 2 * 4 * rl_length.response * text.vocab_size),
             "as for SFT, and logits with their gradients in 32 bits",
         ),
         "keys and values, RL": (
@@ -148,13 +145,17 @@ def plan(p: Params) -> pd.DataFrame:
     look = 2 * n.vision * length.patches
     seen = p.sft_steps * p.sft_batch * p.sft_accumulation
     rollouts = p.rl_steps * p.rl_prompts * p.rl_group
-    curves = p.sft_steps // p.curve_every if p.curve_every else 0
-    asked = 2 * (p.n_test * (sft_arms + rl_arms + 1) + p.n_validation * (1 + curves * sft_arms))
+    curves = sft_arms * (p.sft_steps // p.curve_every if p.curve_every else 0)
+    curves += rl_arms * (p.rl_steps // p.rl_curve_every if p.rl_curve_every else 0)
+    asked = 2 * (p.n_test * (sft_arms + rl_arms + 1) + p.n_validation * (1 + curves))
     asked += 2 * p.n_coupling * p.coupling_rollouts
+    # A token multiplies with every weight, and in every layer with the keys and values of half the context on average
+    attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    work, rl_work = ((body + attention * each) * each for each in (context, rl_context))
     flops = {
-        "an SFT arm": seen * ((2 + backward) * body * context + look),
-        "an RL arm": rollouts * ((2 + 2 + backward) * body * context + 2 * look),
-        "measuring": asked * (2 * body * context + look),
+        "an SFT arm": seen * ((2 + backward) * work + look),
+        "an RL arm": rollouts * ((2 + 2 + backward) * rl_work + 2 * look),
+        "measuring": asked * (2 * work + look),
     }
     runs = len(p.tasks) * len(p.seeds)
     flops["the study"] = runs * (sft_arms * flops["an SFT arm"] + rl_arms * flops["an RL arm"] + flops["measuring"])
@@ -174,7 +175,7 @@ def plan(p: Params) -> pd.DataFrame:
         )
     )
     rows += [
-        (f"work: {name}", value / 1e15, "PFLOP", "2 per weight and token forward, 2 to 6 back")
+        (f"work: {name}", value / 1e15, "PFLOP", "2 per weight or key and token forward, 2 to 6 back")
         for name, value in flops.items()
     ]
     for card, (room, speed, count) in CARDS.items():

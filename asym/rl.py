@@ -31,7 +31,7 @@ from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, first, repo_root, write_csv, write_parquet
 from asym.self_rewards import SELF_REWARDS, Policy
-from asym.sft import TRAINING, ProgressCallback, share, threads, whole_weights
+from asym.sft import TRAINING, ProgressCallback, SnapshotCallback, share, threads, whole_weights
 from asym.tasks import Task
 
 # TRL 1.16 asks transformers by a name that is on its way out
@@ -199,11 +199,11 @@ def like_start(p: Params) -> Params:
 
 
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
-    """The SFT checkpoint after `p.rl_start_steps`, or the first along the arm that is half good at both halves.
+    """The SFT checkpoint after `p.rl_start_steps`, or the first tenth of the arm that is half good at both halves.
 
     Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least.
     """
-    p = like_start(p)
+    p = like_start(p).model_copy(update={"curve_every": max(1, p.sft_steps // 10)})
     if p.rl_start_steps:
         return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
     sft.train_arm(p, base, task, p.rl_start_arm, seed)
@@ -215,25 +215,32 @@ def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
     return passed[missed.sum(axis=1).idxmin()]  # the first of several
 
 
-def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
-    """The finished run of one RL arm on one task from the checkpoint of `start`, trained now if it has not been.
-
-    The run holds the checkpoint, `metrics.csv` (rewards, entropy, lengths by step) and `rollouts.parquet`.
-    """
+def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Run]:
+    """The runs of one RL arm on one task by step: every `p.rl_curve_every` steps, and last the arm itself."""
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
     keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
     config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
-    run = Run.open(repo_root(), f"rl-{task}-{arm}", config)
+    return Run.along(repo_root(), f"rl-{task}-{arm}", config, p.rl_steps, p.rl_curve_every)
+
+
+def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
+    """The finished run of one RL arm on one task from the checkpoint of `start`, trained now if it has not been.
+
+    The run holds the checkpoint, `metrics.csv` (rewards, entropy, lengths by step) and `rollouts.parquet`.
+    """
+    runs = along(p, start, task, arm, seed)
+    _, run = runs.popitem()
     with run.locked(together=True):
-        if not run.done:
-            _train(p, start, run)
+        if not (run.done and all(snapshot.done for snapshot in runs.values())):
+            _train(p, start, run, runs)
     return run
 
 
-def _train(p: Params, start: Run, run: Run) -> None:
+def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
     task, arm, seed, weights = (run.config[key] for key in ("task", "arm", "seed", "weights"))
+    sft.clear(run, snapshots)
     model, processor = models.load(start.checkpoint, p)
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
@@ -265,6 +272,7 @@ def _train(p: Params, start: Run, run: Run) -> None:
         raise ParamsError(
             f"rl_prompts = {p.rl_prompts}: must be at most the {len(data)} rows of train_rl that can be used"
         )
+    taking = SnapshotCallback(snapshots, processor)
     trainer = RolloutTrainer(
         model=model,
         args=arguments,
@@ -272,8 +280,9 @@ def _train(p: Params, start: Run, run: Run) -> None:
         train_dataset=prompts(data),
         processing_class=processor,
         peft_config=models.prepare_training(model, p),
-        callbacks=[ProgressCallback(f"RL {task} {arm}")],
+        callbacks=[ProgressCallback(f"RL {task} {arm}"), taking],
     )
+    taking.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     trainer.rollouts, trainer.arm = run.folder / "rollouts", arm
     if asked and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

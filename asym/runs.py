@@ -95,6 +95,13 @@ class Run:
         return run
 
     @classmethod
+    def along(cls, root: Path, name: str, config: dict[str, Any], steps: int, every: int) -> dict[int, "Run"]:
+        """The runs of one training by step: its model every so many steps (0: none), and last the training itself."""
+        between = range(every, steps, every) if every else ()
+        configs = {step: config | {"at": step} for step in between} | {steps: config}
+        return {step: cls.open(root, name, config) for step, config in configs.items()}
+
+    @classmethod
     def linked(cls, root: Path, folder: Path) -> "Run":
         """A finished run whose checkpoint is a folder from elsewhere; its hash names it in what is made from it."""
         files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]

@@ -433,9 +433,7 @@ def along(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | Non
     keys += ("trained_parts", "dtype", "attention", *drawn_by(task), *["n_validation"] * (p.data != "generated"))
     config = {key: getattr(p, key) for key in keys} | {"base": base.folder.name, "task": task, "arm": arm}
     config |= {"seed": seed, "steps": steps}
-    between = range(p.curve_every, steps, p.curve_every) if p.curve_every else ()
-    configs = {step: config | {"at": step} for step in between} | {steps: config}
-    return {step: Run.open(repo_root(), f"sft-{task}-{arm}", config) for step, config in configs.items()}
+    return Run.along(repo_root(), f"sft-{task}-{arm}", config, steps, p.curve_every)
 
 
 def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | None = None) -> Run:
@@ -451,10 +449,7 @@ def train_arm(p: Params, base: Run, task: str, arm: str, seed: int, steps: int |
 def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]) -> None:
     task, arm, seed = (run.config[key] for key in ("task", "arm", "seed"))
     torch.manual_seed(seed)
-    if first():
-        _clear(run, snapshots)
-    if PartialState().num_processes > 1:
-        PartialState().wait_for_everyone()
+    clear(run, snapshots)
     model, processor = models.load(base.checkpoint, p)
     data = load_split(p, task, "train_sft", seed)
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
@@ -462,10 +457,13 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=snapshots, **schedule)
 
 
-def _clear(run: Run, snapshots: dict[int, Run]) -> None:
+def clear(run: Run, snapshots: dict[int, Run]) -> None:
     """Away with what an earlier training of the run left that this one cannot use."""
-    (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
-    saved = run.last_trainer_checkpoint()
-    passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
-    if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
-        shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
+    if first():
+        (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
+        saved = run.last_trainer_checkpoint()
+        passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+        if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
+            shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
+    if PartialState().num_processes > 1:
+        PartialState().wait_for_everyone()

@@ -65,15 +65,17 @@ def dose_map(table: pd.DataFrame) -> Figure:
 def share_predicts_gap(table: pd.DataFrame) -> Figure:
     """The gap of token-averaged SFT over perception's share of tokens, loss and gradient (%): a dot per dose and task.
 
-    Titles give Spearman's ρ over all dots.
+    Titles give Spearman's ρ over the dots of each task: what sets its level differs between them.
     """
     gaps = table[table.response == "gap"]
     shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
     fig, axes = figures.panels([""], list(shares), 5.5, 4.5, sharey=True)
     marks = dict(zip(figures.tasks_of(table), "os", strict=False))
     for (_, share), ax in axes.items():
+        rho = {}
         for task, mark in marks.items():
             part = gaps[gaps.task == task]
+            rho[figures.TASKS.get(task, task)] = part[share].corr(part.estimate, method="spearman")
             ax.plot(
                 100 * part[share],
                 part.estimate,
@@ -82,9 +84,9 @@ def share_predicts_gap(table: pd.DataFrame) -> Figure:
                 ms=10,
                 label=figures.TASKS.get(task, task),
             )
-        rho = gaps[share].corr(gaps.estimate, method="spearman")
         ax.axhline(0, color=figures.QUIET, lw=1)
-        ax.set(title=f"ρ = {rho:.2f}", xlabel=f"perception's share of {shares[share]} (%)")
+        title = "\n".join(f"{task}: ρ = {value:.2f}" for task, value in rho.items())
+        ax.set(title=title, xlabel=f"perception's share of {shares[share]} (%)")
     axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
     fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
     return fig

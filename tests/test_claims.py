@@ -64,6 +64,17 @@ def test_x1_compares_the_gap_at_the_longest_and_the_shortest_reasoning(long, exp
     assert verdicts(dose_rows=rows[0])["X1"] == "inconclusive"
 
 
+@pytest.mark.parametrize(("seen", "expected"), [(0.3, "reproduced"), (0.9, "not reproduced")])
+def test_x1_tells_a_lag_of_perception_from_reasoning_that_is_not_learned(seen, expected):
+    """With the longest reasoning neither arm reasons, and so no gap is left; does token averaging see less?"""
+    doses = {("token_averaged", 0.0): (0.5, 0.9), ("ngdiff", 0.0): (0.7, 0.9)}
+    doses |= {("token_averaged", 4.0): (seen, 0.05), ("ngdiff", 4.0): (0.7, 0.05)}
+    rows = [responses({arm: rates}).assign(axis="length", level=level) for (arm, level), rates in doses.items()]
+    found = verdicts(dose_rows=pd.concat(rows))
+    assert found["X1"] == "not reproduced"
+    assert found["X1 perception lags"] == expected
+
+
 @pytest.mark.parametrize(("second", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.9), "not reproduced")])
 def test_x3_compares_ngdiff_with_perception_first(second, expected):
     assert verdicts(sft_rows=responses({"ngdiff": (0.7, 0.9), "perception_first": second}))["X3"] == expected
@@ -113,13 +124,13 @@ def test_the_best_of_one_arm_is_that_arm():
 
 
 def test_c5_looks_for_an_interior_peak_and_the_trade_off():
-    peak = {"lambda_0.1": (0.3, 0.95), "lambda_0.5": (0.9, 0.9), "lambda_0.9": (0.95, 0.3)}
+    peak = {"token_averaged": (0.3, 0.95), "lambda_0.1": (0.9, 0.9), "lambda_0.9": (0.95, 0.3)}
     found = verdicts(sft_rows=responses(peak))
     assert {found["C5 interior"], found["C5 a_p rises"], found["C5 a_r falls"]} == {"reproduced"}
-    rising = {"lambda_0.1": (0.9, 0.2), "lambda_0.5": (0.5, 0.5), "lambda_0.9": (0.3, 1.0)}
+    rising = {"token_averaged": (0.9, 0.2), "lambda_0.5": (0.5, 0.5), "lambda_0.9": (0.3, 1.0)}
     found = verdicts(sft_rows=responses(rising, problems=400))
     assert found["C5 a_p rises"] == found["C5 a_r falls"] == "not reproduced"
-    edge = {"lambda_0.1": (0.95, 0.95), "lambda_0.5": (0.7, 0.7), "lambda_0.9": (0.5, 0.5)}
+    edge = {"token_averaged": (0.95, 0.95), "lambda_0.1": (0.7, 0.7), "lambda_0.9": (0.5, 0.5)}
     assert verdicts(sft_rows=responses(edge))["C5 interior"] == "not reproduced"
 
 

@@ -88,6 +88,7 @@ def test_screening_ranks_surrogates_by_their_correlation_with_perception(rollout
         "high",
         "n",
         "seeds",
+        "spread",
         "rank",
     ]
     assert len(table) == 2 * 2 * 3
@@ -96,6 +97,10 @@ def test_screening_ranks_surrogates_by_their_correlation_with_perception(rollout
         assert list(block["rank"].iloc[:2]) == [1, 2]
         assert math.isnan(block.r.iloc[2])
         assert math.isnan(block["rank"].iloc[2])
+    within = frame.groupby("problem_id")[["a", "a_p"]].var(ddof=0).mean().pow(0.5)
+    spread = table.groupby("surrogate").spread.first()
+    assert spread["exact"] == pytest.approx(within.a_p / within.a)
+    assert spread["constant"] == 0
     exact = table[(table.perception == "a_p") & (table.surrogate == "exact")]
     assert (exact.r == 1).all()
     noisy = table.query("perception == 'a_p' and surrogate == 'noisy' and scope == 'pooled'").iloc[0]
@@ -103,15 +108,69 @@ def test_screening_ranks_surrogates_by_their_correlation_with_perception(rollout
     assert (noisy.r, noisy.low, noisy.high) == (expected.estimate, expected.low, expected.high)
 
 
+def along(rates: dict[int, tuple[float, float]], arm: str, problems: int = 400) -> pd.DataFrame:
+    """Responses of checkpoints of one arm, with rates (perception, reasoning) by step."""
+    rows = [responses({arm: rate}, problems, stream=step).assign(step=step) for step, rate in rates.items()]
+    return pd.concat(rows, ignore_index=True)
+
+
 def test_across_checkpoints_the_outcome_follows_what_varies():
     """Five checkpoints that differ in perception alone: the outcome rises with it, whatever reasoning does."""
-    rates = {step: (0.2 + 0.15 * step, 0.8) for step in range(5)}
-    rows = [responses({"ngdiff": rate}, problems=400, stream=step).assign(step=step) for step, rate in rates.items()]
-    table = coupling.checkpoint_coupling(pd.concat(rows), 200).set_index("pair")
+    rows = along({step: (0.2 + 0.15 * step, 0.8) for step in range(5)}, "ngdiff")
+    table = coupling.checkpoint_coupling(rows, 200).set_index("pair")
+    assert set(table.of) == {"all arms"}
     assert table.low["outcome~perception"] > 0.95
     assert table.high["outcome~reasoning"] - table.low["outcome~reasoning"] > 0.5
     assert set(table.checkpoints) == {5}
     assert set(table.n) == {400}
-    means = pd.concat(rows).query("mode == 'end_to_end'").groupby("step")[["a", "a_p"]].mean()
+    means = rows.query("mode == 'end_to_end'").groupby("step")[["a", "a_p"]].mean()
     assert table.r["outcome~perception"] == pytest.approx(means.a.corr(means.a_p), abs=1e-5)
-    assert coupling.checkpoint_coupling(pd.concat(rows[:4]), 10).r.isna().all()
+    assert table.p["outcome~perception"] == pytest.approx(means.a_p.mean(), abs=1e-5)
+    assert table.null["outcome~perception"] > 0.95
+    assert coupling.checkpoint_coupling(rows[rows.step < 4], 10).r.isna().all()
+
+
+def test_across_checkpoints_the_null_is_the_product_and_token_averaging_stands_apart():
+    """Along λ one half is traded for the other; along training both rise."""
+    traded = pd.concat([along({0: (x, 1 - x)}, f"lambda_{x:g}") for x in (0.2, 0.4, 0.5, 0.6, 0.8, 0.9)])
+    risen = along({step: (0.1 * step, 0.15 * step) for step in range(1, 6)}, "token_averaged")
+    table = coupling.checkpoint_coupling(pd.concat([traded, risen]), 100).set_index(["of", "pair"])
+    assert dict(table.checkpoints.groupby("of").first()) == {"all arms": 11, "token_averaged": 5}
+    means = {name: 100 * stats.select(risen, name).groupby("step").value.mean() for name in ("a_p", "a_r")}
+    product = means["a_p"] * means["a_r"]
+    for pair, half in (("outcome~perception", "a_p"), ("outcome~reasoning", "a_r")):
+        assert table.null["token_averaged", pair] == pytest.approx(product.corr(means[half]), abs=1e-5)
+        assert table.null["token_averaged", pair] > table.null["all arms", pair]
+
+
+def of_grpo(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
+    """Rollouts by arm: rates of perception, of outcome, and of a surrogate that wrong perceptions earn as well."""
+    rng, rows = np.random.default_rng(0), []
+    for arm, (sees, solves, earns) in rates.items():
+        for step in range(4):
+            for problem in range(50):
+                a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
+                about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "step": step}
+                about |= {"problem_id": f"{step}-{problem}", "a": a, "a_p": a_p, "validity": surrogate}
+                rows.append(pd.DataFrame(about))
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
+    rollouts = of_grpo({"outcome": (0.4, 0.4, 0.3), "validity": (0.4, 0.4, 0.6)})
+    table = coupling.hacking(rollouts, ["validity"], 200).set_index("gain")
+    late = rollouts[rollouts.step >= 2].groupby("arm")[["validity", "a_p"]].mean()
+    assert table.estimate["surrogate"] == pytest.approx(100 * (late.validity["validity"] - late.validity["outcome"]))
+    assert table.low["surrogate"] > 20
+    assert table.low["a_p"] < 0 < table.high["a_p"]
+    assert table.low["fooled"] > 0
+    assert set(table.n) == {100}
+
+
+def test_a_surrogate_that_outcome_only_was_not_asked_for_has_no_gain_of_its_own():
+    rollouts = of_grpo({"outcome": (0.4, 0.4, 0.3), "validity": (0.8, 0.4, 0.6)})
+    rollouts.loc[rollouts.arm == "outcome", "validity"] = np.nan
+    table = coupling.hacking(rollouts, ["validity"], 200).set_index("gain")
+    assert table.n[["surrogate", "fooled"]].tolist() == [0, 0]
+    assert table.estimate[["surrogate", "fooled"]].isna().all()
+    assert table.low["a_p"] > 20

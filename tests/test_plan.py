@@ -64,6 +64,17 @@ def test_lora_and_checkpointing_need_less_and_longer_responses_more():
     assert c["work: an SFT arm"] > 2 * a["work: an SFT arm"]
 
 
+def test_rl_from_a_start_with_short_traces_costs_less_and_long_contexts_more_than_in_proportion():
+    p = Params(model="Qwen/Qwen3-VL-2B-Instruct", dtype="bfloat16", prompt_style="full", verbosity=4)
+    long, short = (numbers(p.model_copy(update={"rl_start_verbosity": verbosity})) for verbosity in (4, 0))
+    assert short["work: an SFT arm"] == long["work: an SFT arm"]
+    assert short["work: an RL arm"] < long["work: an RL arm"] / 2
+    assert short["memory: activations, RL"] < long["memory: activations, RL"] / 2
+    small, large = (numbers(p.model_copy(update={"image_size": side})) for side in (1024, 4096))
+    tokens = [sum(n[f"tokens: {part}"] for part in ("image", "prompt", "response")) for n in (small, large)]
+    assert large["work: an SFT arm"] / small["work: an SFT arm"] > 1.3 * tokens[1] / tokens[0]
+
+
 def test_a_model_that_is_nowhere_is_refused(monkeypatch):
     def unreachable(name, **kwargs):
         raise OSError("no route to the hub")

@@ -305,6 +305,20 @@ def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, start
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_checkpoints_along_a_training_are_those_it_passed(tiny, start, root, script):
+    """Also when they are asked for only after the arm has been trained."""
+    p = tiny(rl_steps=3, max_new_tokens=400, rl_lr=1e-2, rl_curve_every=2)
+    script(mixed_responses(p, "sudoku"))
+    bare = train_arm(p.model_copy(update={"rl_curve_every": 0}), start, "sudoku", "outcome", 0)
+    end = train_arm(p, start, "sudoku", "outcome", 0)
+    runs = rl.along(p, start, "sudoku", "outcome", 0)
+    assert list(runs) == [2, 3]
+    assert end.folder == bare.folder == runs[3].folder
+    found = [load_file(run.checkpoint / "model.safetensors") for run in (start, *runs.values())]
+    for before, after in itertools.pairwise(found):
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
     p = tiny(rl_start_arm="lambda_0.5", rl_start_steps=1, rl_start_verbosity=2, verbosity=1)
     run = train_start(p, base, "sudoku", 0)
