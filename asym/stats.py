@@ -209,6 +209,27 @@ def within_group_correlation(x, y, groups, seeds=None, resamples: int = 1000) ->
     return correlation(*demeaned, groups, seeds, resamples)
 
 
+def rank_agreement(x, y) -> tuple[float, float]:
+    """Spearman's ρ of x and y (N,), and how often a random pairing reaches it: the one-sided p, exact up to N = 7.
+
+    Pairs with a nan are left out; both are nan with fewer than four pairs, or where x or y is constant.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    both = ~(np.isnan(x) | np.isnan(y))
+    x, y = x[both], y[both]
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan, np.nan
+    found = scipy.stats.permutation_test(
+        (x,),
+        lambda paired: scipy.stats.spearmanr(paired, y).statistic,
+        permutation_type="pairings",
+        alternative="greater",
+        n_resamples=10_000,
+        rng=0,
+    )
+    return float(found.statistic), float(found.pvalue)
+
+
 def null_correlations(p, q) -> tuple[np.ndarray, np.ndarray]:
     """corr(a, a_p) and corr(a, a_r) if perception (rate p) and reasoning (rate q) are independent and a needs both.
 

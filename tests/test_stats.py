@@ -197,3 +197,14 @@ def test_curves_are_means_by_step():
     end_to_end, counterfactual = split(late)
     expected = [100 * end_to_end.a.mean(), 100 * end_to_end.a_p.mean(), 100 * counterfactual.a.mean()]
     assert found.loc[(1, 2), ["a", "a_p", "a_r"]].tolist() == pytest.approx(expected)
+
+
+def test_rankings_that_agree_wholly_do_so_in_one_pairing_of_all():
+    assert stats.rank_agreement([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx((1, 1 / 24))
+    assert stats.rank_agreement([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx((-1, 1))
+    assert stats.rank_agreement([1, 2, np.nan, 3, 4], [1, 2, 9, 3, 4]) == pytest.approx((1, 1 / 24))
+
+
+@pytest.mark.parametrize("y", [[1, 2, 3], [1, 1, 1, 1], [1, 2, 3, np.nan]])
+def test_few_or_constant_pairs_have_no_agreement(y):
+    assert all(math.isnan(value) for value in stats.rank_agreement(range(len(y)), y))
