@@ -1,6 +1,6 @@
 """The command line: `python -m asym run` executes a study, `plan` says what it will need, `train` trains one arm of
-it, `screen` ranks label-free rewards on a checkpoint, `data export` writes its data for others, `bench` measures speed,
-`score` scores responses.
+it, `screen` ranks label-free rewards on a checkpoint, `runs pack` and `runs unpack` carry finished runs elsewhere,
+`data export` writes a study's data for others, `bench` measures speed, `score` scores responses.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
@@ -132,6 +132,22 @@ def _screen(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(args: argparse.Namespace) -> int:
+    from asym.archive import pack
+    from asym.runs import repo_root
+
+    print(f"{pack(repo_root(), Path(args.file))} finished runs in {args.file}")
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from asym.archive import unpack
+    from asym.runs import repo_root, runs_dir
+
+    print(f"{unpack(repo_root(), Path(args.file))} new runs in {runs_dir(repo_root())}")
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     p = Params.load(args.params, dict(args.set))
     from asym.data import export
@@ -192,7 +208,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,plan,train,screen,data,bench,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,plan,train,screen,runs,data,bench,score}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
@@ -222,6 +238,13 @@ def _parser() -> argparse.ArgumentParser:
     screen.add_argument("--task", required=True, help="sudoku or graph_coloring")
     _add_set(screen, "n_coupling=100 coupling_rollouts=16")
     screen.set_defaults(command=_screen)
+
+    runs = commands.add_parser("runs", help="carry finished runs elsewhere")
+    ways = runs.add_subparsers(required=True, metavar="{pack,unpack}")
+    for name, command, does in (("pack", _pack, "write runs to a file"), ("unpack", _unpack, "add the runs of a file")):
+        way = ways.add_parser(name, help=does, description=_RUNS, formatter_class=_Verbatim)
+        way.add_argument("file", help="such as results/cpu_seeds/runs.zip")
+        way.set_defaults(command=command)
 
     data = commands.add_parser("data", help="write data in the published schema")
     export = data.add_subparsers(required=True, metavar="{export}").add_parser(
@@ -272,6 +295,10 @@ _SCREEN = """\
 Sample rollouts of a checkpoint on RL training problems, score them with every label-free perception reward, and
 print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,
 for exact and graded perception, and its rank. A reward that does not vary has no r."""
+_RUNS = """\
+`pack` writes all finished runs of `runs/` to a zip file, without data and without weights but those of the base.
+`unpack` adds those that are not finished here. A study whose runs are unpacked shows its results in seconds; with
+more seeds or arms in its file, only what is new is trained."""
 _EXPORT = """\
 Write the splits of a study as data sets with the published columns (query, image, ground_truth, response) and a card,
 one folder per task: `datasets.load_dataset(FOLDER/sudoku)` reads it, and so does a study with `data: FOLDER/sudoku`."""

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from asym import models, stats
-from asym.data import load_split
+from asym.data import drawn_by, load_split
 from asym.params import Params
-from asym.runs import Run, progress
+from asym.runs import Run, progress, repo_root
 from asym.sft import SegmentCollator, threads, token_losses
 from asym.transcript import PERCEPTION, REASONING
 
@@ -21,12 +21,23 @@ from asym.transcript import PERCEPTION, REASONING
 def measure_shares(
     p: Params, trained: Run, task: str, stage: str, arm: str, seed: int, step: int, batches: int = 8
 ) -> pd.DataFrame:
-    """Shares of perception at a checkpoint, one row per batch of SFT data.
+    """Shares of perception at a checkpoint, one row per batch of SFT data; from the run's cache where they exist.
 
     Returns:
         Columns task, family, seed, stage, arm, step, batch, token_share, loss_share, gradient_share (0..1), and
         loss_perception, loss_reasoning (nats per token).
     """
+    keys = ("verbosity", "variation", "n_train_sft", "sft_batch", "trained_parts", "dtype", "attention")
+    config = {key: getattr(p, key) for key in (*keys, *drawn_by(task))}
+    config |= {"trained": trained.folder.name, "task": task, "seed": seed, "batches": batches}
+    run = Run.open(repo_root(), f"shares-{task}", config)
+    with threads(p.threads):
+        rows = run.table(lambda: _shares(p, trained, task, arm, seed, batches))
+    about = {"task": task, "family": p.family, "seed": seed, "stage": stage, "arm": arm, "step": step}
+    return rows.assign(**about)[[*about, *rows]]
+
+
+def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: int) -> pd.DataFrame:
     model, processor = models.load(trained.checkpoint, p)
     models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # only what training moves has a say
     model.eval()
@@ -35,10 +46,9 @@ def measure_shares(
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(data, p.sft_batch, shuffle=True, generator=order, collate_fn=SegmentCollator(processor))
     parameters = [q for q in model.parameters() if q.requires_grad]
-    about = {"task": task, "family": p.family, "seed": seed, "stage": stage, "arm": arm, "step": step}
     rows = []
     total = min(batches, len(loader))
-    with threads(p.threads), progress(f"shares {task} {arm}", total) as bar:
+    with progress(f"shares {task} {arm}", total) as bar:
         for index, batch in zip(range(total), loader, strict=False):
             losses, segments = token_losses(model, batch)
             counts = [int((segments == s).sum()) for s in (PERCEPTION, REASONING)]
@@ -48,7 +58,7 @@ def measure_shares(
             sums = [value.item() for value in sums]
             shares = {"token_share": counts, "loss_share": sums, "gradient_share": norms}
             means = {"loss_perception": sums[0] / counts[0], "loss_reasoning": sums[1] / counts[1]}
-            rows.append(about | {"batch": index} | {k: v[0] / sum(v) for k, v in shares.items()} | means)
+            rows.append({"batch": index} | {k: v[0] / sum(v) for k, v in shares.items()} | means)
             bar.update()
     return pd.DataFrame(rows)
 

@@ -258,8 +258,10 @@ def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, Proces
     """A checkpoint and its processor; an adapter comes merged into the model it was trained on.
 
     Number format and kernel of attention are those of `p`, or of the checkpoint; on a GPU, if this process has one.
-    Raises ParamsError if a package that they need is not installed.
+    Raises ParamsError if a package that they need is not installed, or if there is no such folder.
     """
+    if not folder.exists():
+        raise ParamsError(f"{folder}: no weights are here; a run from an archive has none: delete {folder.parent}")
     kind = {"dtype": p.dtype, "attn_implementation": p.attention} if p else {}
     try:
         processor = AutoProcessor.from_pretrained(folder)

@@ -77,6 +77,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def runs_dir(root: Path) -> Path:
+    """Where runs are: <root>/runs, or what ASYM_RUNS names."""
+    return Path(os.environ.get("ASYM_RUNS", root / "runs"))
+
+
 @dataclass(frozen=True)
 class Run:
     """One piece of work with its folder, named by the hash of everything that determines its outcome."""
@@ -88,7 +93,7 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str, config: dict[str, Any]) -> "Run":
         """The run <root>/runs/<name>-<digest of config>, made if new. `config` must be plain JSON values."""
-        run = cls(Path(os.environ.get("ASYM_RUNS", root / "runs")) / f"{name}-{digest(config)}", config)
+        run = cls(runs_dir(root) / f"{name}-{digest(config)}", config)
         if run.done and read_manifest(run.folder).get("code") != _code(name.partition("-")[0]):
             warnings.warn(f"{run.folder} was made by other code; delete it to make it anew", stacklevel=2)
         write_json(run.folder / "config.json", config)
@@ -201,10 +206,12 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 
 @cache
 def _code(kind: str) -> str:
-    """The hash of the sources of `asym` that runs of a kind (data, base, sft, rows, rl; others as rows) depend on."""
+    """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
     # These draw, judge and drive; what a run is told by params.py is in its config
-    others = {"__main__", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel", "plan"}
-    others |= {"params", "stats", "study", "trends"}
+    others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel"}
+    others |= {"params", "plan", "stats", "study", "trends"}
+    if kind == "shares":
+        others.remove("imbalance")
     if kind != "rl":
         others |= {"rewards", "self_rewards", "credit", "screen", "rl"}
     if kind in ("data", "base", "sft"):
@@ -232,8 +239,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` in one step once it is completely on disk."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A context with a temporary file that becomes `path` in one step once it is completely on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -246,7 +253,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -255,12 +262,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, table: "pd.DataFrame") -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def write_parquet(path: Path, table: "pd.DataFrame") -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd", compression_level=9)  # texts: a third of the size
 
 
