@@ -14,6 +14,9 @@ from matplotlib.patches import Patch
 
 from asym import figures, stats
 
+DOSES = {"length": "verifications of the solution", "entropy": "freedom of the trace"}
+DOSES["difficulty"] = "difficulty of the drawing"
+
 
 def dose_response(table: pd.DataFrame) -> Figure:
     """a_p and a_r (points) over the dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
@@ -30,8 +33,8 @@ def dose_response(table: pd.DataFrame) -> Figure:
                 error = [line.estimate - line.low, line.high - line.estimate]
                 ax.errorbar(line.level, line.estimate, error, fmt=style, color=figures.BARS[measure][1], capsize=3)
         ax.set(title=f"{figures.TASKS.get(task, task)}, {axis}", ylim=(0, 105), xticks=sorted(part.level.unique()))
-        ax.set_xlabel(f"dose of {axis}" if task == figures.tasks_of(table)[-1] else "")
-    fig.supylabel("accuracy (points)")
+        ax.set_xlabel(DOSES[axis] if task == figures.tasks_of(table)[-1] else "")
+        ax.set_ylabel("accuracy (points)" if axis == axes_of[0] else "")
     fig.suptitle(
         f"Dose and response ({figures.counted(table.n.max(), 'problem')}, {figures.counted(table.seeds.max(), 'seed')})"
     )
@@ -43,22 +46,26 @@ def dose_response(table: pd.DataFrame) -> Figure:
 
 
 def dose_map(table: pd.DataFrame) -> Figure:
-    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task."""
+    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task.
+
+    A star marks those whose interval excludes zero.
+    """
     responses = {"gap": "gap of token-averaged: a_r − a_p", "gain": "gain of NGDiff in a"}
     doses = table.axis + " " + table.level.map("{:g}".format)
     table = table.assign(dose=pd.Categorical(doses, list(dict.fromkeys(doses))))
     fig, axes = figures.panels([""], list(responses), 7, 0.55 * doses.nunique() + 1, sharey=True)
     shown = table[table.response.isin(responses)]
+    star = np.where((shown.low > 0) | (shown.high < 0), "*", "")
+    shown = shown.assign(text=shown.estimate.map("{:+.0f}".format) + star)
     limit = max(shown.estimate.abs().max(), 1)
     for (_, response), ax in axes.items():
-        grid = shown[shown.response == response].pivot_table(
-            index="dose", columns="task", values="estimate", observed=True
-        )
-        grid = grid[figures.tasks_of(table)].rename(columns=figures.TASKS)
-        sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=True, fmt="+.0f", cbar=False, ax=ax)
+        part = shown[shown.response == response].set_index(["dose", "task"])
+        grid, text = (part[each].unstack()[figures.tasks_of(table)] for each in ("estimate", "text"))
+        grid = grid.rename(columns=figures.TASKS)
+        sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=text, fmt="", cbar=False, ax=ax)
         ax.set(title=responses[response], xlabel="", ylabel="")
         ax.tick_params(axis="y", rotation=0)
-    fig.suptitle("Where imbalance bites (points)")
+    fig.suptitle("Where imbalance bites (points; * interval excludes zero)")
     return fig
 
 

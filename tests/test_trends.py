@@ -37,8 +37,10 @@ def test_the_map_of_doses_holds_gap_and_gain(dosed):
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == [
         *("length 0", "length 1", "entropy 0", "entropy 1")
     ]
-    gap = dosed[(dosed.response == "gap") & (dosed.task == "sudoku")].estimate
-    assert texts(fig.axes[0])[::2] == [f"{value:+.0f}" for value in gap]
+    gaps = dosed[(dosed.response == "gap") & (dosed.task == "sudoku")]
+    expected = [f"{row.estimate:+.0f}" + "*" * (row.low > 0 or row.high < 0) for row in gaps.itertuples()]
+    assert texts(fig.axes[0])[::2] == expected
+    assert expected[1].endswith("*")
 
 
 def test_shares_are_drawn_against_the_gap_with_their_rank_correlation(dosed):
