@@ -32,6 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. What is finished is kept: repeat the same command to resume.", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError, ValueError) as error:
+        from asym.study import room_for
+
+        if not (hint := room_for(type(error).__name__, str(error))):
+            raise
+        print(f"{' '.join(str(error).split())[:300]}\n{hint}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing into nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -287,7 +294,7 @@ Train one arm on each task and seed of a study, and what it starts from, as far 
 checkpoints. The notebooks find it there. On several GPUs:
 
   accelerate launch --num_processes 8 -m asym train ngdiff params/cpu.yaml
-  accelerate launch --config_file fsdp.yaml -m asym train token_averaged params/cpu.yaml
+  accelerate launch --config_file params/accelerate/fsdp.yaml -m asym train token_averaged params/cpu.yaml
 
 Batches are shared out, so that the parameters mean the same on any number of processes. NGDiff and the other balances
 that weigh gradients need DDP: FSDP and DeepSpeed keep gradients in parts. These two are not tested here."""
@@ -296,7 +303,8 @@ Sample rollouts of a checkpoint on RL training problems, score them with every l
 print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,
 for exact and graded perception, and its rank. A reward that does not vary has no r."""
 _RUNS = """\
-`pack` writes all finished runs of `runs/` to a zip file, without data and without weights but those of the base.
+`pack` writes all finished runs of `runs/` to a zip file, without data and without weights but those that further arms
+start from.
 `unpack` adds those that are not finished here. A study whose runs are unpacked shows its results in seconds; with
 more seeds or arms in its file, only what is new is trained."""
 _EXPORT = """\

@@ -1,9 +1,11 @@
 """Finished runs in one file, without weights: enough to open a study's notebooks with their results, or to add to it.
 
-Left out are the data splits, which are made in seconds, the trainers' own checkpoints, and every model but the base,
-from which further arms start: what was logged, written and scored is there.
+Left out are the data splits, which are made in seconds, the trainers' own checkpoints, and every model but those from
+which further arms start (the base, and what the RL arms of the archive started from: trained anew on another machine it
+would be a little different, and arms of one seed no longer comparable). What was logged, written and scored is there.
 """
 
+import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -21,16 +23,17 @@ def pack(root: Path, path: Path) -> int:
     """Write all finished runs of the repository at `root` to the zip file `path`; returns how many."""
     runs = [folder for folder in sorted(runs_dir(root).glob("*-*")) if (folder / "DONE").exists()]
     runs = [folder for folder in runs if not folder.name.startswith(("data-", "model-", "base-language-"))]
+    starts = {json.loads((folder / "config.json").read_text(encoding="utf-8")).get("start") for folder in runs}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for folder in runs:
-            for file in sorted(_kept(folder)):
+            for file in sorted(_kept(folder, bool(BASE.fullmatch(folder.name)) or folder.name in starts)):
                 # Without times of files: the same runs make the same archive
                 archive.writestr(zipfile.ZipInfo(f"{folder.name}/{file.as_posix()}"), (folder / file).read_bytes())
     return len(runs)
 
 
-def _kept(folder: Path) -> Iterator[Path]:
-    left_out = set(WEIGHTS) - ({"checkpoint"} if BASE.fullmatch(folder.name) else set())
+def _kept(folder: Path, weights: bool) -> Iterator[Path]:
+    left_out = set(WEIGHTS) - ({"checkpoint"} if weights else set())
     for file in folder.rglob("*"):
         inside = file.relative_to(folder)
         if file.is_file() and not file.name.startswith(".") and inside.parts[0] not in left_out:

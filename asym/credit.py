@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from asym import models, stats
+from asym import stats
 from asym.params import CREDITS
 from asym.runs import progress
 from asym.sft import SegmentCollator, token_losses
@@ -78,7 +78,6 @@ def policy_gradients(
     processor: ProcessorMixin,
     rollouts: pd.DataFrame,
     data: Dataset,
-    parts: Sequence[str],
     temperature: float,
     seed: int,
     label: str,
@@ -86,9 +85,9 @@ def policy_gradients(
     """∇ log π of every rollout, hashed to `SKETCH` numbers: what every policy gradient is a weighted sum of.
 
     Args:
-        rollouts: of one checkpoint: problem_id, rollout, completion, and `ended`: whether the end token was written.
+        model: the checkpoint that wrote them; its weights that have gradients count (`models.as_trained`).
+        rollouts: problem_id, rollout, completion, and `ended`: whether the end token was written.
         data: the split they come from: problem_id, query, image.
-        parts: the parts of the model that RL trains; only their weights count.
         temperature: of the sampling; the policy is the distribution that was sampled from.
         seed: of the hash. Under different seeds sketches are as good as orthogonal, and a sum over seeds keeps each.
 
@@ -96,8 +95,6 @@ def policy_gradients(
         problem_id, rollout, `whole` (through all tokens) and `seen` (through the perception tokens), arrays (SKETCH,).
         Inner products of sketches are those of the gradients, up to 1/√SKETCH of their norms.
     """
-    for name, weights in model.named_parameters():
-        weights.requires_grad = models.part_of(name) in parts
     parameters = [weights for weights in model.parameters() if weights.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     total = sum(weights.numel() for weights in parameters)
@@ -112,7 +109,6 @@ def policy_gradients(
 
     collator, records = SegmentCollator(processor), []
     position = {name: index for index, name in enumerate(data["problem_id"])}
-    model.eval()
     with progress(label, len(rollouts)) as bar:
         for row in rollouts.itertuples():
             shown = data[position[row.problem_id]]

@@ -27,7 +27,7 @@ def measure_shares(
         Columns task, family, seed, stage, arm, step, batch, token_share, loss_share, gradient_share (0..1), and
         loss_perception, loss_reasoning (nats per token).
     """
-    keys = ("verbosity", "variation", "n_train_sft", "sft_batch", "trained_parts", "dtype", "attention")
+    keys = ("verbosity", "variation", "n_train_sft", "sft_batch", "trained_parts", "lora_rank", "dtype", "attention")
     config = {key: getattr(p, key) for key in (*keys, *drawn_by(task))}
     config |= {"trained": trained.folder.name, "task": task, "seed": seed, "batches": batches}
     run = Run.open(repo_root(), f"shares-{task}", config)
@@ -39,23 +39,28 @@ def measure_shares(
 
 def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: int) -> pd.DataFrame:
     model, processor = models.load(trained.checkpoint, p)
-    models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # only what training moves has a say
     model.eval()
+    model = models.as_trained(model, p, seed)  # only what training moves has a say
     data = load_split(p, task, "train_sft", seed)
     # The same batches for every checkpoint, and none that any arm has seen more often than others
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(data, p.sft_batch, shuffle=True, generator=order, collate_fn=SegmentCollator(processor))
+    order, collator = torch.Generator().manual_seed(seed), SegmentCollator(processor)
+    loader = DataLoader(data, p.sft_batch, shuffle=True, generator=order, collate_fn=list)
     parameters = [q for q in model.parameters() if q.requires_grad]
     rows = []
     total = min(batches, len(loader))
     with progress(f"shares {task} {arm}", total) as bar:
         for index, batch in zip(range(total), loader, strict=False):
-            losses, segments = token_losses(model, batch)
-            counts = [int((segments == s).sum()) for s in (PERCEPTION, REASONING)]
-            sums = [(losses * (segments == s)).sum() for s in (PERCEPTION, REASONING)]
-            grads = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in sums]
-            norms = [torch.stack([g.norm() for g in grad if g is not None]).norm().item() for grad in grads]
-            sums = [value.item() for value in sums]
+            counts, sums, grads = [0, 0], [0.0, 0.0], [[torch.zeros_like(q) for q in parameters] for _ in range(2)]
+            for row in batch:  # one response at a time: a released model has no room for more
+                losses, segments = token_losses(model, collator([row]))
+                for k, segment in enumerate((PERCEPTION, REASONING)):
+                    value = (losses * (segments == segment)).sum()
+                    counts[k] += int((segments == segment).sum())
+                    sums[k] += value.item()
+                    found = torch.autograd.grad(value, parameters, retain_graph=not k, allow_unused=True)
+                    for summed, grad in zip(grads[k], found, strict=True):
+                        summed += 0 if grad is None else grad
+            norms = [torch.stack([g.norm() for g in grad]).norm().item() for grad in grads]
             shares = {"token_share": counts, "loss_share": sums, "gradient_share": norms}
             means = {"loss_perception": sums[0] / counts[0], "loss_reasoning": sums[1] / counts[1]}
             rows.append({"batch": index} | {k: v[0] / sum(v) for k, v in shares.items()} | means)

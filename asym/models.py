@@ -6,6 +6,7 @@ Nothing here is a stand-in: the model is a `Qwen3VLForConditionalGeneration` or 
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -229,11 +231,27 @@ def fetch(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         missing = [kind for kind in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(kind))]
+        for index in folder.glob("*.safetensors.index.json"):
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing += [part for part in parts if not (folder / part).exists()]
         if missing:
             raise ParamsError(f"model = {name!r}: the folder lacks {', '.join(missing)}")
         return folder.resolve()
     with _reaching(name):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+
+
+def check(name: str, family: str) -> None:
+    """Raises ParamsError if a released model is not to be had (`fetch`), of another family, or lacks a package."""
+    folder = fetch(name)
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != family:
+        raise ParamsError(
+            f"model = {name!r}: is of type {found!r}, must be {family!r}, the parameter `family` (of InternVL take the "
+            "variants whose name ends in -HF)"
+        )
+    with _readable(folder):
+        AutoProcessor.from_pretrained(folder)
 
 
 def config(name: str) -> PretrainedConfig:
@@ -258,20 +276,29 @@ def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, Proces
     """A checkpoint and its processor; an adapter comes merged into the model it was trained on.
 
     Number format and kernel of attention are those of `p`, or of the checkpoint; on a GPU, if this process has one.
-    Raises ParamsError if a package that they need is not installed, or if there is no such folder.
+    Raises ParamsError if there is no such folder, if it cannot be read, or for want of a package.
     """
     if not folder.exists():
         raise ParamsError(f"{folder}: no weights are here; a run from an archive has none: delete {folder.parent}")
     kind = {"dtype": p.dtype, "attn_implementation": p.attention} if p else {}
-    try:
+    with _readable(folder):
         processor = AutoProcessor.from_pretrained(folder)
         model = _merged(folder, kind)
-    except ImportError as error:
-        raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
     processor.tokenizer.padding_side = "left"
     if isinstance(processor, InternVLProcessor):
         processor.image_processor.max_patches = 1  # an image is one tile, whatever its shape
     return model.to(PartialState().device), processor
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:  # says itself which package to install
+        raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ParamsError(f"{folder}: is no checkpoint that can be read ({why}); fetch or train it anew") from None
 
 
 def _merged(folder: Path, kind: dict[str, str]) -> PreTrainedModel:
@@ -299,6 +326,22 @@ def prepare_training(model: PreTrainedModel, p: Params) -> LoraConfig | None:
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     targets = [name for name in linear if part_of(name) in p.trained_parts and not name.endswith("lm_head")]
     return LoraConfig(r=p.lora_rank, lora_alpha=2 * p.lora_rank, target_modules=targets)
+
+
+def as_trained(model: PreTrainedModel, p: Params, seed: int) -> PreTrainedModel | PeftModel:
+    """The model at the start of a training: what SFT and RL would move has gradients, fresh adapters under LoRA.
+
+    (The second matrix of a fresh adapter is zero, so the gradient of the first is, too; that of the second is a random
+    projection of the full gradient.) Activations are recomputed where the study says so.
+    """
+    lora = prepare_training(model, p)
+    if lora:
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora)
+    if p.activation_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()  # layers recompute in training only; there is no dropout
+    return model
 
 
 def chat(processor: ProcessorMixin, query: str, image: bool) -> str:

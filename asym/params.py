@@ -139,13 +139,16 @@ class Params(BaseModel):
     )
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
     rl_start_verbosity: Verbosity = Field(1, description="its `verbosity`: short traces make for more rollouts")
+    rl_start_variation: Share = Field(1.0, description="its `variation`: free wording is noise in a policy gradient")
     rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0 for the first that is half good")
     rl_steps: Count = Field(2, description="steps of every RL arm")
     rl_curve_every: Natural = Field(1, description="RL steps from one measurement of accuracy to the next; 0 for none")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")
     rl_prompts: Count = Field(4, description="prompts per step of RL")
     rl_group: int = Field(4, ge=2, description="rollouts per prompt of RL")
-    rl_accumulation: Count = Field(1, description="forward passes per step of RL; must divide its rollouts")
+    rl_accumulation: Count = Field(
+        1, description="forward passes per step of RL, of all processes; must divide its rollouts"
+    )
     rl_temperature: Rate = Field(1.0, description="sampling temperature of RL")
     rl_beta: NonNegative = Field(0.0, description="weight of the KL penalty")
     vllm: bool = Field(False, description="rollouts by vLLM, which must be installed, in the training process")
@@ -161,7 +164,7 @@ class Params(BaseModel):
     max_new_tokens: Count = Field(64, description="longest response in tokens")
     n_coupling: Count = Field(8, description="problems for measuring reward coupling")
     coupling_rollouts: int = Field(4, ge=2, description="rollouts per problem for measuring reward coupling")
-    n_gradient: Count = Field(4, description="of these, problems whose policy gradients are compared")
+    n_gradient: Natural = Field(4, description="of these, problems whose policy gradients are compared; 0 for none")
     eval_batch: Count = Field(256, description="responses generated at once")
     bootstrap: Count = Field(1000, description="bootstrap resamples of an interval")
 

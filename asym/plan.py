@@ -1,13 +1,16 @@
-"""What a study will need: parameters, memory, tokens, FLOPs and a time, computed from its parameters before any of it.
+"""What a study will need: parameters, tokens, memory, work, time and cost, computed before any of it.
 
-Everything is arithmetic on the model's configuration; nothing is loaded. What is an assumption is called so in the
-column `how`. Left out: the vision tower's activations, the allocator's waste, evaluation's share of idle time, the
-base of a small model, dose and response.
+Everything is arithmetic on the model's configuration: nothing is loaded, and nothing has been measured. What is an
+assumption is called so, here and in the column `how`. Left out of memory: the vision tower's activations, DDP's
+buckets, the allocator's waste. Left out of time: the encoding of prompts, the second pass of SFT arms that weigh
+gradients, the gradients of notebooks 2 and 4, a longer SFT, dose and response, the base of a small model.
 """
 
 import re
 from itertools import islice
+from math import ceil, isnan, nan
 from statistics import fmean
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -31,14 +34,41 @@ RELEASED = {
     "OpenGVLab/InternVL3_5-8B-HF": ((4096, 12288, 36, 32, False), (1024, 4096, 24, 14)),
 }
 INTERNVL_TILE = 448  # pixels; an image no larger is one tile
-CARDS = {  # memory in GB, peak of bfloat16 products in TFLOP/s (vendor's figure, dense)
-    "1 x 24 GB (RTX 4090)": (24, 165, 1),
-    "1 x 80 GB (A100)": (80, 312, 1),
-    "8 x 80 GB (A100)": (80, 312, 8),
+
+
+class Card(NamedTuple):
+    """Cards of one kind: sizes and speeds from NVIDIA's data sheets, an assumed price."""
+
+    memory: float  # GB
+    speed: float  # TFLOP/s of products in bfloat16, dense
+    bandwidth: float  # GB/s
+    price: float  # US dollars an hour, of one
+    count: int = 1
+
+
+CONSUMER_PRICE, SERVER_PRICE = 0.5, 2.0  # assumptions; put your provider's in their place
+SMALL, LARGE = "1 x 24 GB (RTX 4090)", "1 x 80 GB (A100)"
+CARDS = {
+    SMALL: Card(24, 165, 1008, CONSUMER_PRICE),
+    LARGE: Card(80, 312, 2039, SERVER_PRICE),
+    "8 x 80 GB (A100)": Card(80, 312, 2039, SERVER_PRICE, 8),
 }
+SPARING = {"eval_batch": 16, "max_new_tokens": 7168}  # at most, for a 2B model to fit the small card
+
 PAPERS_SHARE = 0.025  # of the tokens of a response are perception (arXiv 2605.29496)
-REACHED = 0.3  # of that peak, assumed
+REACHED = 0.3  # of the peak of products, in training: assumed
+STREAMED = 0.5  # of the bandwidth, in writing: assumed
+# Seconds that Python takes for a decoder layer and token, however small the batch: assumed, after Qwen's 49.94 tokens/s
+# of 24 layers on an A100 (https://qwen.readthedocs.io/en/v2.0/benchmark/speed_benchmark.html, transformers)
+LAYER_STEP = 0.8e-3
+ADAPTED = 2  # times that in rollouts: an adapter adds six kernels to each of a layer's seven products. Assumed
+VLLM_SHARE = 0.3  # of a card, for vLLM's own weights, keys and values (TRL's default, in GRPOConfig)
 WIDTHS = 34  # bytes of activations per token, layer and unit of width in 16 bits (Korthikanti et al., arXiv 2205.05198)
+# Bytes per token and word of the vocabulary in `sft.token_losses`: log-likelihoods, their gradients and those of the
+# logits, in 32 bits
+SCORED = 12
+PARTS = ("language", "projector", "vision")
+USED = 0.9  # of a card's memory can be used: assumed
 GB = 1e9
 
 
@@ -65,7 +95,7 @@ def parameters(config: PretrainedConfig, p: Params) -> pd.Series:
     """Numbers of parameters: language, projector, vision, embeddings (a part of language), and trained."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    count = dict.fromkeys(("language", "projector", "vision", "embeddings", "trained"), 0)
+    count = dict.fromkeys((*PARTS, "embeddings", "trained"), 0)
     for name, weights in model.named_parameters():
         count[models.part_of(name)] += weights.numel()
         count["embeddings"] += weights.numel() * ("embed_tokens" in name)
@@ -78,8 +108,8 @@ def parameters(config: PretrainedConfig, p: Params) -> pd.Series:
     return pd.Series(count)
 
 
-def lengths(config: PretrainedConfig, p: Params, samples: int = 64) -> pd.Series:
-    """Mean tokens of an image, of the text of a prompt and of a response, and the patches behind the image's tokens."""
+def lengths(config: PretrainedConfig, p: Params, samples: int = 32) -> pd.Series:
+    """Mean tokens of an image, a prompt's text, a response and its perception, and the patches behind the image's."""
     vision = config.vision_config
     if config.model_type == "internvl":
         side = max(config.vision_config.image_size) // max(vision.patch_size)
@@ -96,121 +126,205 @@ def lengths(config: PretrainedConfig, p: Params, samples: int = 64) -> pd.Series
             perceptions.append(task.transcribe(problem))
             responses.append(compose(task.transcribe(problem), *trace))
     count = lambda texts: fmean(len(_PIECES.findall(text)) for text in texts)  # noqa: E731
-    response = count(responses)
+    perception, response = count(perceptions), count(responses)
     if p.data != "generated":  # published responses are longer than ours: the paper gives perception's share of them
-        response = min(count(perceptions) / PAPERS_SHARE, p.max_new_tokens)
-    found = {"image": image, "patches": patches, "prompt": count(prompts), "response": response}
-    return pd.Series(found)
+        response = min(perception / PAPERS_SHARE, p.max_new_tokens)
+    found = {"image": image, "patches": patches, "prompt": count(prompts)}
+    return pd.Series(found | {"perception": perception, "response": response})
 
 
 _PIECES = re.compile(r" ?[^\W\d]+|\d|[^\w\s]+\s*|\s+")  # about as a released tokenizer cuts text like ours
 
 
+class Sizes:
+    """What memory and time of a study follow from. Raises ParamsError as `config_of` does."""
+
+    def __init__(self, p: Params):
+        config = config_of(p)
+        text, size = config.get_text_config(), 2 if p.dtype == "bfloat16" else 4
+        width = WIDTHS * size / 2 * text.hidden_size
+        self.n = parameters(config, p)
+        self.length = self.rl_length = lengths(config, p)
+        if (start := rl.like_start(p)) != p:
+            self.rl_length = lengths(config, start)
+        self.limit = self.length.image + self.length.prompt + p.max_new_tokens  # tokens
+        self.layers = text.num_hidden_layers
+        self.weights = self.n[[*PARTS]].sum() * size  # bytes
+        self.kept = self.n.trained * (4 if p.lora_rank else size)  # bytes of trained weights; adapters are in 32 bits
+        # Bytes per token: keys and values; logits outside of trainers; activations, which if recomputed are those of
+        # one layer and the input of every other
+        self.cache = 2 * self.layers * text.num_key_value_heads * text.head_dim * size
+        self.scored = SCORED * text.vocab_size
+        self.held = width * self.layers
+        if p.activation_checkpointing:
+            self.held = text.hidden_size * size * self.layers + width
+        # Products of a token: with weights (the table is the output's, too, if tied); with each token of its context,
+        # of keys and of values, half of them on average
+        self.products = self.n.language - self.n.embeddings * (not text.tie_word_embeddings)
+        self.attention = self.layers * text.num_attention_heads * text.head_dim
+
+
+RL = ("activations, RL", "keys and values, RL", "surrogates, RL")  # one after the other, as in measuring
+MEASURING = ("keys and values, evaluation", "logits, screening", "one response with its gradients")
+
+
+def memory(p: Params, s: Sizes, card: Card) -> dict[str, tuple[float, str]]:
+    """Bytes on each card by what takes them, and how they are counted.
+
+    Cards share batches and rollouts, not weights. Responses are as long as `max_new_tokens`: the longest decides.
+    """
+    rollouts, together = rollouts_on(p, card)
+    of_a_pass = rollouts / max(1, p.rl_accumulation // card.count)
+    written = s.limit * s.cache
+    seen = (s.length.image + s.length.prompt + s.length.perception) * s.scored
+    asking = {"self_blindfold": written, "image_dependence": seen}
+    asked = min(p.eval_batch, rollouts) * max(asking.get(name, 0) for name in p.surrogates)
+    words = f"{SCORED} bytes per token and word of the vocabulary"
+    return {
+        "weights": (s.weights, "in the number format of the study"),
+        "gradients": (2 * s.kept, "of all trained weights, those of either segment"),
+        "optimizer": (2 * s.kept, "AdamW: two numbers for each trained weight, in its format"),
+        "activations, SFT": (
+            max(1, p.sft_batch / card.count) * s.limit * s.held,
+            f"{WIDTHS} bytes per token, layer and unit of width in 16 bits; "
+            "no logits: on a GPU TRL's fused head computes them tile by tile",
+        ),
+        "activations, RL": (max(1, of_a_pass) * s.limit * s.held, "as for SFT, of the rollouts of one pass"),
+        "keys and values, RL": (0 if p.vllm else together * written, "eval_batch rollouts at once, in whole groups"),
+        "surrogates, RL": (asked, "keys and values of self_blindfold, logits of image_dependence, if arms"),
+        "vLLM's pool": (p.vllm * VLLM_SHARE * card.memory * GB, f"{VLLM_SHARE:.0%} of the card, TRL's default"),
+        "keys and values, evaluation": (p.eval_batch * written, "eval_batch responses at once"),
+        "logits, screening": (p.eval_batch * seen, f"image_dependence, up to the perception's end: {words}"),
+        "one response with its gradients": (
+            s.limit * (s.held + s.scored) + 3 * s.kept,
+            f"notebooks 2, 4: activations, gradients and their sums; {words}",
+        ),
+    }
+
+
+def rollouts_on(p: Params, card: Card) -> tuple[float, float]:
+    """Rollouts of an RL step on each card, and how many of them are written together: whole groups, at least one."""
+    rollouts = p.rl_prompts * p.rl_group / card.count
+    return rollouts, max(p.rl_group, min(p.eval_batch // p.rl_group * p.rl_group, rollouts))
+
+
+def most(held: dict[str, tuple[float, str]]) -> float:
+    """Bytes at once on a card, at most, of what `memory` returns."""
+    value = {name: size for name, (size, _) in held.items()}
+    training = max(value["activations, SFT"], value["vLLM's pool"] + max(value[name] for name in RL))
+    training += value["gradients"] + value["optimizer"]
+    return value["weights"] + max(training, *(value[name] for name in MEASURING))
+
+
+def work(p: Params, s: Sizes) -> dict[str, float]:
+    """FLOPs of training an arm, without the writing of rollouts: 2 per weight or key and token forward."""
+    look = 2 * s.n.vision * s.length.patches
+    back = (2 if p.lora_rank else 4) + 2 * p.activation_checkpointing
+    again = p.vllm + (p.rl_beta > 0)  # scored once more: vLLM rounds otherwise; a KL penalty compares
+
+    def products(length: pd.Series) -> float:
+        context = length.image + length.prompt + length.response
+        return (s.products + s.attention * context) * context
+
+    seen, rollouts = p.sft_steps * p.sft_batch * p.sft_accumulation, p.rl_steps * p.rl_prompts * p.rl_group
+    return {
+        "an SFT arm": seen * ((2 + back) * products(s.length) + look),
+        "an RL arm": rollouts * ((2 + back + 2 * again) * products(s.rl_length) + (1 + again) * look),
+    }
+
+
+def writing(
+    p: Params, s: Sizes, card: Card, length: pd.Series, responses: float, together: float, layer: float = LAYER_STEP
+) -> float:
+    """Hours in which one card writes so many responses of a mean `length`, so many of them together.
+
+    A batch takes as many steps as its longest response, assumed to be one of `max_new_tokens`; the others leave it at
+    the mean length. A step reads the weights and all keys and values there are, and lasts `layer` seconds or more for
+    each layer.
+    """
+    tokens = length.response * (length.image + length.prompt + length.response / 2)  # read for one response, in all
+    read = p.max_new_tokens * s.weights + together * tokens * s.cache
+    batch = max(read / (card.bandwidth * GB * STREAMED), p.max_new_tokens * s.layers * layer)
+    return ceil(responses / together) * batch / 3600
+
+
+def rollout_hours(p: Params, s: Sizes, card: Card) -> tuple[float, float]:
+    """Hours of an RL arm in which rollouts are written, and in which the policy answers for self_blindfold."""
+    (rollouts, together), layer = rollouts_on(p, card), LAYER_STEP * (ADAPTED if p.lora_rank else 1)
+    answers = writing(p, s, card, s.rl_length, rollouts, min(p.eval_batch, rollouts), layer)
+    if p.vllm:  # as many as its pool holds, and no Python between two layers
+        room = VLLM_SHARE * card.memory * GB - s.weights
+        together, layer = max(1, min(rollouts, room // (s.limit * s.cache))), 0
+    return p.rl_steps * writing(p, s, card, s.rl_length, rollouts, together, layer), p.rl_steps * answers
+
+
+def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
+    """Hours of an SFT arm and of an RL arm, on all cards; of measuring them all, on one; and of the study.
+
+    A study trains its arms and what RL starts from. It measures arms and what they start from on the test problems,
+    snapshots on the validation problems, and rollouts of three checkpoints. "paid" are the hours of all cards while
+    they train, and of one while it measures.
+    """
+    sft_arms, rl_arms, runs = len(sft.arms(p)), len(rl.arms(p)), len(p.tasks) * len(p.seeds)
+    an_hour = card.count * card.speed * 1e12 * REACHED * 3600  # FLOPs
+    sft_arm, rl_arm = (flops / an_hour for flops in work(p, s).values())
+    written, answered = rollout_hours(p, s, card)
+    trained = (sft_arms + (not p.start_model)) * sft_arm + rl_arms * (rl_arm + written)
+    trained += ("self_blindfold" in p.surrogates) * answered
+    snapshots = sft_arms * ceil(p.sft_steps / (p.curve_every or p.sft_steps))
+    snapshots += rl_arms * ceil(p.rl_steps / p.rl_curve_every) if p.rl_curve_every else 0
+    snapshots += 0 if p.start_model or p.rl_start_steps else 10  # to choose RL's start from
+    asked = [
+        (2 * (sft_arms + rl_arms + 2), p.n_test),
+        (2 * (snapshots + 3), p.n_validation),  # and the base, also in its own four formats
+        (2 * (1 if p.start_model else 3) + 1, p.n_coupling * p.coupling_rollouts),  # and self_blindfold, of the start
+    ]
+    measuring = runs * sum(k * writing(p, s, card, s.length, n, min(n, p.eval_batch)) for k, n in asked)
+    found = {"an SFT arm": sft_arm, "an RL arm": rl_arm + written, "measuring": measuring}
+    return found | {"the study": runs * trained + measuring, "paid": card.count * runs * trained + measuring}
+
+
 def plan(p: Params) -> pd.DataFrame:
-    """What the study will need: columns quantity, value, unit, how."""
-    config = config_of(p)
-    text, n, length = config.get_text_config(), parameters(config, p), lengths(config, p)
-    rl_length = lengths(config, rl.like_start(p))
-    size = 2 if p.dtype == "bfloat16" else 4
-    total = n.language + n.projector + n.vision
-    body = n.language - n.embeddings * (not text.tie_word_embeddings)  # tied, the table is the output's projection, too
-    kept = 4 if p.lora_rank else size  # adapters are kept in 32 bits
-    context, rl_context = (each.image + each.prompt + each.response for each in (length, rl_length))
-    limit = length.image + length.prompt + p.max_new_tokens
-    width = WIDTHS * size / 2 * text.hidden_size
-    held = width * text.num_hidden_layers
-    if p.activation_checkpointing:  # the input of every layer, and one layer whole
-        held = text.hidden_size * size * text.num_hidden_layers + width
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size * limit
-    memory = {
-        "weights": (total * size, f"{size} bytes each"),
-        "gradients": (2 * n.trained * kept, f"{kept} bytes for each trained weight, those of either segment"),
-        "optimizer": (2 * n.trained * kept, "AdamW: two numbers for each trained weight, in its format"),
-        "activations, SFT": (p.sft_batch * context * held, "34 bytes per token, layer and unit of width in 16 bits"),
-        "keys and values, evaluation": (p.eval_batch * cache, "eval_batch responses of max_new_tokens at once"),
-        "activations, RL": (
-            p.rl_prompts
-            * p.rl_group
-            / p.rl_accumulation
-            * (rl_context * held + 2 * 4 * rl_length.response * text.vocab_size),
-            "as for SFT, and logits with their gradients in 32 bits",
-        ),
-        "keys and values, RL": (
-            0 if p.vllm else p.rl_prompts * p.rl_group * cache,
-            "vLLM's pool instead, a share of the card" if p.vllm else "all rollouts of a step at once",
-        ),
-    }
-    sft_arms, rl_arms = len(sft.arms(p)), len(rl.arms(p))
-    backward = (2 if p.lora_rank else 4) + 2 * p.activation_checkpointing
-    look = 2 * n.vision * length.patches
-    seen = p.sft_steps * p.sft_batch * p.sft_accumulation
-    rollouts = p.rl_steps * p.rl_prompts * p.rl_group
-    curves = sft_arms * (p.sft_steps // p.curve_every if p.curve_every else 0)
-    curves += rl_arms * (p.rl_steps // p.rl_curve_every if p.rl_curve_every else 0)
-    asked = 2 * (p.n_test * (sft_arms + rl_arms + 1) + p.n_validation * (1 + curves))
-    asked += 2 * p.n_coupling * p.coupling_rollouts
-    # A token multiplies with every weight, and in every layer with the keys and values of half the context on average
-    attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim
-    work, rl_work = ((body + attention * each) * each for each in (context, rl_context))
-    flops = {
-        "an SFT arm": seen * ((2 + backward) * work + look),
-        "an RL arm": rollouts * ((2 + 2 + backward) * rl_work + 2 * look),
-        "measuring": asked * (2 * work + look),
-    }
-    runs = len(p.tasks) * len(p.seeds)
-    flops["the study"] = runs * (sft_arms * flops["an SFT arm"] + rl_arms * flops["an RL arm"] + flops["measuring"])
-    rows = [("parameters: " + name, value / 1e6, "million", "counted") for name, value in n.items()]
-    rows += [
-        (f"tokens: {name}", value, "tokens", _HOW.get(name, "counted on samples, about"))
-        for name, value in length.items()
-    ]
-    rows += [(f"memory: {name}", value / GB, "GB", how) for name, (value, how) in memory.items()]
-    peak = _peak(memory, 1)
-    rows.append(
-        (
-            "memory: most at once",
-            peak / GB,
-            "GB",
-            "weights, and the most of training, rollouts and evaluation; on one card",
-        )
-    )
-    rows += [
-        (f"work: {name}", value / 1e15, "PFLOP", "2 per weight or key and token forward, 2 to 6 back")
-        for name, value in flops.items()
-    ]
-    for card, (room, speed, count) in CARDS.items():
-        hours = flops["the study"] / (speed * 1e12 * REACHED * count) / 3600
-        fits = (
-            "fits"
-            if _peak(memory, count) < 0.9 * room * GB
-            else "does not fit one card: lower the batches, checkpoint, use LoRA or FSDP"
-        )
-        rows.append((f"time: {card}", hours, "hours", f"not measured: at {REACHED:.0%} of the peak; {fits}"))
+    """What the study will need: columns quantity, value, unit, how. A card that is too small has no hours (nan)."""
+    s, ruled = Sizes(p), dict.fromkeys(("image", "patches"), "by the processor's rule")
+    rows = [(f"parameters: {part}", count / 1e6, "million", "counted") for part, count in s.n.items()]
+    rows += [(f"tokens: {of}", n, "tokens", ruled.get(of, "counted on samples, about")) for of, n in s.length.items()]
+    rows += [(f"memory: {what}", size / GB, "GB", how) for what, (size, how) in memory(p, s, CARDS[LARGE]).items()]
+    how = "2 per weight or key and token forward, 2 to 6 back; without rollouts"
+    rows += [(f"work: {arm}", flops / 1e15, "PFLOP", how) for arm, flops in work(p, s).items()]
+    how = f"assumed: training at {REACHED:.0%} of the peak; writing at {STREAMED:.0%} of the bandwidth, "
+    how += f"{1e3 * LAYER_STEP:g} ms a layer at least, {ADAPTED} times that under adapters"
+    for name, card in CARDS.items():
+        need, room = most(memory(p, s, card)) / GB, USED * card.memory
+        fits = "fits" if need < room else f"does not fit: {room:g} GB can be used; lower eval_batch, then sft_batch"
+        rows.append((f"memory: most at once, {name}", need, "GB", fits))
+        spent = {what: value if need < room else nan for what, value in hours(p, s, card).items()}
+        cost = spent.pop("paid") * card.price
+        rows += [(f"time: {what}, {name}", value, "hours", how) for what, value in spent.items()]
+        rows.append((f"cost: {name}", cost, "USD", f"assumed: {card.price:g} USD an hour and card"))
     return pd.DataFrame(rows, columns=["quantity", "value", "unit", "how"])
 
 
 def summary(studies: list[Params]) -> pd.DataFrame:
-    """One line per study: parameters (billion), trained (million), most memory (GB), hours for all of it by card."""
+    """One line per study: parameters (billion), trained (million), most memory (GB), hours and cost by card, in words.
+
+    The small card is given the study with `SPARING` limits, without which it would be too small for any.
+    """
+    spared = f"{SMALL}, " + ", ".join(f"{key} ≤ {limit}" for key, limit in SPARING.items())
     rows = []
     for p in studies:
-        value = plan(p).set_index("quantity")["value"]
-        size = sum(value[f"parameters: {part}"] for part in ("language", "projector", "vision")) / 1000
-        row = {
-            "study": p.study,
-            "parameters_1e9": round(size, 2),
-            "trained_1e6": round(value["parameters: trained"], 1),
-        }
-        row["memory_gb"] = round(value["memory: most at once"], 1)
-        rows.append(row | {f"hours, {card}": round(value[f"time: {card}"], 1) for card in CARDS})
+        less = p.model_copy(update={key: min(limit, getattr(p, key)) for key, limit in SPARING.items()})
+        value, sparing = (plan(q).set_index("quantity")["value"] for q in (p, less))
+        size = sum(value[f"parameters: {part}"] for part in PARTS) / 1000
+        row = {"study": p.study, "parameters_1e9": round(size, 2)}
+        row["trained_1e6"] = round(value["parameters: trained"], 1)
+        row["memory_gb"] = round(value[f"memory: most at once, {LARGE}"], 1)
+        row[spared] = _in_words(sparing, SMALL)
+        rows.append(row | {card: _in_words(value, card) for card in CARDS if card != SMALL})
     return pd.DataFrame(rows)
 
 
-_HOW = {"image": "by the processor's rule", "patches": "by the processor's rule"}
-
-
-def _peak(memory: dict[str, tuple[float, str]], cards: int) -> float:
-    """Bytes on each of so many cards, which share batches and rollouts, not weights."""
-    value = {name: size for name, (size, _) in memory.items()}
-    trained = value["gradients"] + value["optimizer"]
-    work = [value[kind] for kind in ("activations, SFT", "activations, RL", "keys and values, RL")]
-    return value["weights"] + max(trained + max(work) / cards, value["keys and values, evaluation"])
+def _in_words(value: pd.Series, card: str) -> str:
+    """Hours and cost to two digits: no more of them mean anything."""
+    spent, cost = (float(f"{value[name]:.2g}") for name in (f"time: the study, {card}", f"cost: {card}"))
+    return "does not fit" if isnan(spent) else f"{spent:,.0f} h, {cost:,.0f} USD"

@@ -58,10 +58,18 @@ def fetch(source: str) -> DatasetDict:
     if missing:
         has = ", ".join(f"{name} ({', '.join(rows.column_names)})" for name, rows in found.items())
         raise ParamsError(f"data = {source!r}: lacks {', '.join(missing)}; it has {has}")
-    other = [name for name in found if found[name].features["response"].dtype != "string"]
-    if other:
-        raise ParamsError(f"data = {source!r}: must hold text in the column response, not so in {', '.join(other)}")
+    kinds = {"response": _is_text, "image": lambda feature: isinstance(feature, Image)}
+    for column, fits in kinds.items():
+        if other := [name for name in found if not fits(found[name].features[column])]:
+            wanted = "text" if column == "response" else "images"
+            raise ParamsError(
+                f"data = {source!r}: must hold {wanted} in the column {column}, not so in {', '.join(other)}"
+            )
     return found
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def read_split(p: Params, task: Task, name: str) -> tuple[Dataset, Counter[str]]:

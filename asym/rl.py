@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
@@ -50,11 +51,13 @@ class RolloutTrainer(GRPOTrainer):
     together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
     temperature, other generation back ends and sharded weights take TRL's own way.
 
-    Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit.
+    Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit;
+    `written_at_once`, how many rollouts are written together, in whole groups.
     """
 
     rollouts: Path
     arm = "outcome"
+    written_at_once = 256
 
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
@@ -65,7 +68,7 @@ class RolloutTrainer(GRPOTrainer):
     def _group_size(self, prompts) -> int:
         """How many copies of each prompt stand next to each other and can be generated from one encoding."""
         n = self.num_generations
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.gradient_checkpointing:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return 1
         if self.use_vllm or self.use_transformers_continuous_batching or self.tools or not known(self.model):
             return 1
@@ -85,14 +88,16 @@ class RolloutTrainer(GRPOTrainer):
             if isinstance(rows, list):  # one entry per token
                 rows = [torch.as_tensor(row) for row in rows]
                 fields[name] = pad(rows, padding_value=padding.get(name, 0), padding_side="left")
-        completions = decode(
-            self.accelerator.unwrap_model(self.model_wrapped),
-            {name: values.to(self.accelerator.device) for name, values in fields.items()},
-            self._copies,
-            max_new_tokens=self.max_completion_length,
-            temperature=self.temperature,
-            forbidden=self.generation_config.suppress_tokens or (),
-        )
+        fields = {name: values.to(self.accelerator.device) for name, values in fields.items()}
+        limits = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
+        limits["forbidden"] = self.generation_config.suppress_tokens or ()
+        model, completions = self.accelerator.unwrap_model(self.model_wrapped), []
+        model.eval()  # layers in training keep no keys and values where activations are recomputed
+        prompts = torch.arange(len(ids), device=model.device)
+        for few in prompts.split(max(1, self.written_at_once // self._copies)):
+            some = models.take(fields, few, fields["input_ids"].shape[1])
+            completions += decode(model, some, self._copies, **limits)
+        model.train()
         return completions, None
 
     def _get_per_token_logps_and_entropies(
@@ -194,8 +199,8 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
 
 
 def like_start(p: Params) -> Params:
-    """The parameters of SFT arms with traces as long as those of the arm that RL starts from."""
-    return p.model_copy(update={"verbosity": p.rl_start_verbosity})
+    """The parameters of SFT arms with traces like those of the arm that RL starts from."""
+    return p.model_copy(update={"verbosity": p.rl_start_verbosity, "variation": p.rl_start_variation})
 
 
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
@@ -219,10 +224,15 @@ def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Ru
     """The runs of one RL arm on one task by step: every `p.rl_curve_every` steps, and last the arm itself."""
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
+    keys += ("eval_batch", "lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
     config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     return Run.along(repo_root(), f"rl-{task}-{arm}", config, p.rl_steps, p.rl_curve_every)
+
+
+def own_passes(p: Params) -> int:
+    """How many of a step's `p.rl_accumulation` forward passes this process makes; of few, each process makes one."""
+    return max(1, p.rl_accumulation // PartialState().num_processes)
 
 
 def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
@@ -244,14 +254,14 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
     model, processor = models.load(start.checkpoint, p)
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
-    rewards = [*REWARDS, *asked]
+    rewards, passes = [*REWARDS, *asked], own_passes(p)
     arguments = GRPOConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=p.rl_steps,
         learning_rate=p.rl_lr,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=share(p.rl_prompts * p.rl_group, p.rl_accumulation),
-        gradient_accumulation_steps=p.rl_accumulation,  # all of them from one generation: a step stays on-policy
+        per_device_train_batch_size=share(p.rl_prompts * p.rl_group, passes),
+        gradient_accumulation_steps=passes,  # all of them from one generation: a step stays on-policy
         num_generations=p.rl_group,
         max_completion_length=p.max_new_tokens,
         temperature=p.rl_temperature,
@@ -282,9 +292,11 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
         peft_config=models.prepare_training(model, p),
         callbacks=[ProgressCallback(f"RL {task} {arm}"), taking],
     )
+    if p.lora_rank:  # not the copy of it that vLLM reads, which does not last
+        trainer.model.peft_config["default"].base_model_name_or_path = str(start.checkpoint)
     taking.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.rollouts, trainer.arm = run.folder / "rollouts", arm
+    trainer.rollouts, trainer.arm, trainer.written_at_once = run.folder / "rollouts", arm, p.eval_batch
     if asked and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ParamsError(
             f"arm {arm}: the model is asked for its reward, which weights in parts cannot answer: use DDP"
@@ -315,6 +327,7 @@ def _generation(p: Params, run: Run, model: PreTrainedModel, processor: Processo
         return {"generation_kwargs": {"suppress_tokens": forbidden}}
     if first():  # vLLM loads weights from a folder; that of an adapter has none
         models.save(model, processor, run.folder / "start")
+    PartialState().wait_for_everyone()
     model.name_or_path = str(run.folder / "start")
     room = {"vllm_max_model_length": PROMPT_ROOM + p.max_new_tokens}  # else the model's own, which fills the card
     return room | {

@@ -108,9 +108,18 @@ class Run:
 
     @classmethod
     def linked(cls, root: Path, folder: Path) -> "Run":
-        """A finished run whose checkpoint is a folder from elsewhere; its hash names it in what is made from it."""
-        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
-        run = cls.open(root, "model", {"folder": str(folder), "files": files})
+        """A finished run whose checkpoint is a folder from elsewhere; its hash names it in what is made from it.
+
+        A download of the hub's is known by the hashes in its cache, on every machine alike; any other folder by its
+        place and its files' sizes and times.
+        """
+        files = [[path.name, path.resolve()] for path in sorted(folder.iterdir())]
+        if all(file.parent.name == "blobs" for _, file in files):
+            config = {"files": [[name, file.name] for name, file in files]}
+        else:
+            stats = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
+            config = {"folder": str(folder), "files": stats}
+        run = cls.open(root, "model", config)
         with run.locked():
             if not run.done:
                 run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted

@@ -48,13 +48,13 @@ def reward_gradients(p: Params, start: Run, task: str, seed: int) -> pd.DataFram
     def gradients() -> pd.DataFrame:
         with threads(p.threads):
             asked = own.assign(ended=own.n_tokens < p.max_new_tokens), load_split(p, task, "train_rl", seed)
-            label = f"gradients {task}"
-            return policy_gradients(
-                *models.load(start.checkpoint, p), *asked, p.trained_parts, p.rl_temperature, seed, label
-            )
+            model, processor = models.load(start.checkpoint, p)
+            model.eval()
+            model = models.as_trained(model, p, seed)
+            return policy_gradients(model, processor, *asked, p.rl_temperature, seed, f"gradients {task}")
 
     about = {"rows": rows_run(p, start, task, seed, "train_rl", p.coupling_rollouts).folder.name}
-    about |= {"n_gradient": p.n_gradient, "trained_parts": p.trained_parts}
+    about |= {"n_gradient": p.n_gradient, "trained_parts": p.trained_parts, "lora_rank": p.lora_rank}
     found = Run.open(repo_root(), f"rl-gradients-{task}", about).table(gradients)
     paid = {"a": "outcome", "a_p": "perception", "a_p_graded": "perception_graded"}
     own = own.rename(columns=paid).assign(mixed=(own.a + own.a_p) / 2)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -199,7 +198,7 @@ class SegmentSFTTrainer(SFTTrainer):
         """Replace the gradients g_r by λ·g_p + (1 − λ)·g_r; returns λ."""
         grads_p, self._grad_p = self._grad_p, None
         pairs = [(_or_zero(q.grad, q), _or_zero(g, q)) for q, g in zip(parameters, grads_p, strict=True)]
-        square = lambda g, h: _whole((g.float() * h.float()).sum())  # noqa: E731
+        square = lambda g, h: (g.float() * h.float()).sum()  # noqa: E731
         norm_r, norm_p, product = (
             sum(square(g, h) for g, h in each).item()
             for each in ([(r, r) for r, _ in pairs], [(p, p) for _, p in pairs], pairs)
@@ -289,11 +288,6 @@ def _set_grads(parameters, grads) -> None:
 
 def _or_zero(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if grad is None else grad
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """A number that FSDP keeps in parts, put together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class ProgressCallback(TrainerCallback):

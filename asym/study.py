@@ -87,16 +87,41 @@ def run_study(
 
 def check(p: Params) -> None:
     """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
-    from asym import models, published  # here, because they take seconds
+    import torch  # here, because these take seconds
 
-    for asked, package in ((p.vllm, "vllm"), (p.attention == "flash_attention_2", "flash_attn")):
-        if asked and not importlib.util.find_spec(package):
-            key = "vllm = True" if package == "vllm" else f"attention = {p.attention!r}"
-            raise ParamsError(f"{key}: needs the package {package}, which is not installed")
+    from asym import models, published
+
+    needs = {
+        "vllm = True": (p.vllm, "vllm", "set vllm to false, or install it where torch may be the one it asks for"),
+        "attention = 'flash_attention_2'": (
+            p.attention == "flash_attention_2",
+            "flash_attn",
+            "set attention to sdpa, or `pip install flash-attn`",
+        ),
+    }
+    for asked, (wanted, package, instead) in needs.items():
+        if wanted and not importlib.util.find_spec(package):
+            raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
+    if (seen := torch.cuda.device_count()) > 1 and "RANK" not in os.environ:  # trainers would multiply the batch by it
+        raise ParamsError(
+            f"{seen} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES to one of them, or train the arms first "
+            f"by `accelerate launch --num_processes {seen} -m asym train`"
+        )
     if p.model:
-        models.fetch(p.model)
+        models.check(p.model, p.family)
     if p.data != "generated":
         published.fetch(p.data)
+
+
+def room_for(name: str, message: str) -> str:
+    """What to do about an error of this class name and message if it tells of too little memory, else ""."""
+    told = ("can't allocate memory", "cannot allocate memory", "No available memory")  # torch's on a CPU, vLLM's
+    if name not in ("OutOfMemoryError", "MemoryError") and not any(words in message for words in told):
+        return ""
+    return (
+        "too little memory: lower eval_batch, sft_batch (and raise sft_accumulation) or workers, raise "
+        "rl_accumulation, or set activation_checkpointing or lora_rank; `python -m asym plan` says what takes how much"
+    )
 
 
 def write_readme(root: Path) -> None:
@@ -174,8 +199,8 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) ->
         )
     except PapermillExecutionError as error:
         where, what = f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}"
-        if error.ename == "OutOfMemoryError":
-            what += "\nlower sft_batch or eval_batch, raise rl_accumulation, or use activation_checkpointing"
+        if hint := room_for(error.ename, error.evalue):
+            what += f"\n{hint}"
         raise NotebookError(f"{name}, {where}: {what}\nthe cell and the full traceback are in {copy}") from None
     except DeadKernelError:
         raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None

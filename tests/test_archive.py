@@ -46,6 +46,15 @@ def test_unpacked_runs_are_finished_and_have_no_weights_but_the_base(finished, t
         models.load(run.checkpoint)
 
 
+def test_what_rl_started_from_keeps_its_weights(finished, tmp_path):
+    start, _ = sorted((finished / "runs").glob("sft-*"))
+    arm = Run.open(finished, "rl-sudoku-outcome", {"start": start.name})
+    arm.table(lambda: pd.DataFrame({"name": ["arm"]}))
+    pack(finished, tmp_path / "runs.zip")
+    unpack(tmp_path / "two", tmp_path / "runs.zip")
+    assert (tmp_path / "two" / "runs" / start.name / "checkpoint" / "model.safetensors").exists()
+
+
 def test_what_is_finished_here_stays_and_the_rest_is_completed(finished, tmp_path):
     file, there = tmp_path / "runs.zip", tmp_path / "two"
     pack(finished, file)

@@ -16,7 +16,8 @@ from asym.credit import (
     routed,
     weight_of,
 )
-from asym.models import chat, part_of
+from asym.models import as_trained, chat, part_of
+from asym.params import Params
 from asym.transcript import PERCEPTION, compose, segment_ids
 
 
@@ -82,11 +83,13 @@ def test_policy_gradients_are_those_of_the_log_likelihoods(vlm):
     texts = [compose("[[1, 2]]", "so then", "[1]"), "no tags", compose("[[2]]", "so", "[2]")]
     rollouts = pd.DataFrame({"problem_id": "y", "rollout": [0, 1, 2], "completion": texts})
     rollouts["ended"] = [True, True, False]
-    found = policy_gradients(model, processor, rollouts, data, ["language"], 0.7, 3, "")
+    model = as_trained(model.eval(), Params(trained_parts=["language"]), 0)
+    found = policy_gradients(model, processor, rollouts, data, 0.7, 3, "")
     assert found[["problem_id", "rollout"]].to_numpy().tolist() == [["y", 0], ["y", 1], ["y", 2]]
     assert not np.any(found.seen[1])  # it never says what it sees
 
     parameters = [q for name, q in model.named_parameters() if part_of(name) == "language"]
+    assert not any(q.requires_grad for name, q in model.named_parameters() if part_of(name) != "language")
     generator = torch.Generator().manual_seed(3)
     total = sum(q.numel() for q in parameters)
     bucket = torch.randint(SKETCH, (total,), generator=generator, dtype=torch.int32)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from asym import models
 from asym.params import ParamsError
@@ -38,9 +39,9 @@ STUDY = {
 }
 
 
-def launch(processes: int, arm: str, runs) -> str:
+def launch(processes: int, arm: str, runs, **changes) -> str:
     """The last checkpoint that `asym train` names, on so many CPU processes that talk over gloo."""
-    settings = [f"{key}={json.dumps(value)}" for key, value in STUDY.items()]
+    settings = [f"{key}={json.dumps(value)}" for key, value in (STUDY | changes).items()]
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
@@ -51,9 +52,9 @@ def launch(processes: int, arm: str, runs) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arm", ["token_averaged", "ngdiff"])
-def test_two_processes_train_what_one_trains(arm, tmp_path):
-    one, two = launch(1, arm, tmp_path / "one"), launch(2, arm, tmp_path / "two")
+@pytest.mark.parametrize(("arm", "changes"), [("token_averaged", {}), ("ngdiff", {}), ("ngdiff", {"lora_rank": 2})])
+def test_two_processes_train_what_one_trains(arm, changes, tmp_path):
+    one, two = (launch(n, arm, tmp_path / str(n), **changes) for n in (1, 2))
     alone, shared = (pd.read_csv(f"{path}/../metrics.csv") for path in (one, two))
     pd.testing.assert_frame_equal(alone, shared, rtol=2e-3, atol=2e-4)
     assert alone.grad_norm_perception.notna().all()
@@ -67,6 +68,13 @@ def test_two_processes_keep_every_rollout_once(tmp_path):
     rollouts = pd.read_parquet(f"{checkpoint}/../rollouts.parquet")
     assert len(rollouts) == 2 * 4
     assert not rollouts.duplicated(["step", "problem_id", "rollout"]).any()
+
+
+@pytest.mark.parametrize("path", sorted(repo_root().glob("params/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_the_launcher_reads_the_files_for_it(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value.lower() == path.stem
+    assert config.num_processes == 8
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

@@ -246,6 +246,48 @@ def test_a_missing_package_is_a_plain_error(base, tiny, monkeypatch):
         load(base.checkpoint, tiny())
 
 
+def test_a_missing_part_of_the_weights_is_named(vlm, tmp_path):
+    model, processor = vlm
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    processor.save_pretrained(tmp_path)
+    first, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    assert models.fetch(str(tmp_path)) == tmp_path
+    first.unlink()
+    with pytest.raises(ParamsError, match=f"the folder lacks {first.name}"):
+        models.fetch(str(tmp_path))
+
+
+def test_weights_that_broke_off_are_a_plain_error(vlm, tmp_path):
+    models.save(*vlm, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ParamsError, match=r"is no checkpoint that can be read \(SafetensorError"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [["language"], ["projector", "vision"]])
+def test_what_training_would_move_has_gradients_and_activations_may_be_recomputed(vlm, inputs, tiny, parts):
+    model, _ = vlm
+    model.eval()
+    plain = models.as_trained(model, tiny(trained_parts=parts), 0)
+    found = torch.autograd.grad(plain(**inputs).logits.logsumexp(-1).sum(), trainable(plain), allow_unused=True)
+    again = models.as_trained(model, tiny(trained_parts=parts, activation_checkpointing=True), 0)
+    assert again.training
+    anew = torch.autograd.grad(again(**inputs).logits.logsumexp(-1).sum(), trainable(again), allow_unused=True)
+    for one, other in zip(found, anew, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+    adapted = models.as_trained(model, tiny(trained_parts=parts, lora_rank=2), 0)
+    names = [name for name, weights in adapted.named_parameters() if weights.requires_grad]
+    assert names
+    assert all("lora_" in name and models.part_of(name) in parts for name in names)
+
+
+def trainable(model):
+    return [weights for weights in model.parameters() if weights.requires_grad]
+
+
 def test_a_saved_adapter_comes_back_merged(vlm, inputs, tmp_path):
     model, processor = vlm
     plain = logits(model, inputs)

@@ -2,8 +2,10 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from asym import published
 from asym.data import export, left_out, load_split
@@ -162,6 +164,28 @@ def test_data_that_cannot_be_had_says_what_to_do(source, message, monkeypatch):
     monkeypatch.setattr(published, "load_dataset", unreachable)
     with pytest.raises(ParamsError, match=message):
         published.fetch(source)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("response", [["a", "list"]], "must hold text in the column response"),
+        ("image", ["not drawn"], "must hold images in the column image"),
+        ("response", pa.array(["long"], pa.large_string()), ""),
+    ],
+)
+def test_columns_of_another_kind_are_refused(monkeypatch, column, values, message):
+    image = published.FEATURES["image"].encode_example(Image.new("RGB", (8, 8)))
+    rows = {"query": [""], "image": [image], "ground_truth": ["{}"], "response": [""]} | {column: values}
+    data = Dataset(pa.table(rows))
+    data = data if column == "image" else data.cast_column("image", published.FEATURES["image"])
+    found = DatasetDict(dict.fromkeys(published.SPLITS, data))
+    monkeypatch.setattr(published, "load_dataset", lambda name, **options: found)
+    if message:
+        with pytest.raises(ParamsError, match=message):
+            published.fetch("hub:x/y")
+    else:
+        assert published.fetch("hub:x/y") is found
 
 
 def test_other_columns_and_splits_are_named(tmp_path):

@@ -1,5 +1,6 @@
 import itertools
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,13 +10,13 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from asym import decode as decoding
-from asym import models, rl
+from asym import models, rl, sft
 from asym.credit import perception_mask
 from asym.data import load_split, task_of
 from asym.decode import decode
 from asym.params import Params
 from asym.rl import REWARDS, train_arm, train_start
-from asym.runs import Run
+from asym.runs import Run, repo_root
 from asym.sft import TRAINING
 
 COLUMNS = ["step", "problem_id", "rollout", "ground_truth", "completion"]
@@ -168,12 +169,22 @@ def test_a_sampled_step_is_recorded_whole(tiny, sampled):
     assert metrics["entropy"][0] > 0
 
 
+class Recorder:
+    """A function that remembers what it was called with."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.function(*args, **kwargs)
+
+
 def test_a_group_is_generated_from_one_encoding_of_its_prompt(tiny, start, root, monkeypatch):
-    calls = []
-    monkeypatch.setattr(rl, "decode", lambda *args, **kwargs: calls.append((args, kwargs)) or decode(*args, **kwargs))
+    monkeypatch.setattr(rl, "decode", recorded := Recorder(decode))
     p = tiny(rl_temperature=0.7)
     rollouts = pd.read_parquet(train_arm(p, start, "sudoku", "outcome", 0).folder / "rollouts.parquet")
-    (((_, inputs, copies), settings),) = calls
+    (((_, inputs, copies), settings),) = recorded.calls
     assert (len(inputs["input_ids"]), copies) == (2, 4)
     assert settings["temperature"] == 0.7
     processor, data = models.load(start.checkpoint)[1], load_split(p, "sudoku", "train_rl", 0)
@@ -184,6 +195,32 @@ def test_a_group_is_generated_from_one_encoding_of_its_prompt(tiny, start, root,
     expected = processor(text=texts, images=chosen["image"][:], padding=True, return_tensors="pt")
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_rollouts_are_written_a_few_groups_at_a_time(tiny, start, root, script, monkeypatch):
+    """As many as `eval_batch` says, and each for its own prompt."""
+    p = tiny(max_new_tokens=400, eval_batch=4)
+    first, second, *_ = mixed_responses(p, "sudoku")
+    script([first, first, second, second])
+    monkeypatch.setattr(rl, "decode", recorded := Recorder(rl.decode))
+    rollouts = pd.read_parquet(train_arm(p, start, "sudoku", "outcome", 0).folder / "rollouts.parquet")
+    shown = [inputs["input_ids"] for (_, inputs, _), _ in recorded.calls]
+    assert [len(ids) for ids in shown] == [1, 1]
+    pixels = [inputs["pixel_values"] for (_, inputs, _), _ in recorded.calls]
+    assert not torch.equal(*pixels)
+    assert rollouts.groupby("problem_id", sort=False).outcome.apply(list).map(sorted).tolist() == [[0, 0, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", sorted(repo_root().glob("params/*vl_*.yaml")), ids=lambda path: path.stem)
+def test_a_step_of_the_released_studies_is_the_same_on_any_number_of_gpus(path, processes, monkeypatch):
+    for room in (rl, sft):
+        monkeypatch.setattr(room, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    p = Params.load(path)
+    rollouts = p.rl_prompts * p.rl_group
+    assert sft.share(rollouts, rl.own_passes(p)) * rl.own_passes(p) * processes == rollouts
+    assert sft.share(rollouts, rl.own_passes(p)) == max(rollouts // p.rl_accumulation, 1)
+    assert sft.share(p.sft_batch) * processes == p.sft_batch
 
 
 def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, root, script, monkeypatch):
@@ -231,6 +268,20 @@ def test_an_adapter_trains_with_a_penalty(tiny, start, root):
     run = train_arm(tiny(max_new_tokens=12, lora_rank=2, rl_beta=0.1), start, "sudoku", "outcome", 0)
     assert run.metrics()["kl"].notna().all()
     assert (run.checkpoint / "adapter_config.json").exists()
+
+
+def test_an_adapter_names_the_start_also_where_its_rollouts_came_from_a_copy(tiny, start, root, monkeypatch):
+    """vLLM reads weights from a folder of the run that is gone when the run is done."""
+    stock = rl._generation
+
+    def copied(p, run, model, processor):
+        model.name_or_path = str(run.folder / "start")
+        return stock(p, run, model, processor)
+
+    monkeypatch.setattr(rl, "_generation", copied)
+    run = train_arm(tiny(max_new_tokens=12, lora_rank=2), start, "sudoku", "outcome", 0)
+    model, _ = models.load(run.checkpoint)
+    assert model.name_or_path == str(run.checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from filelock import Timeout
 
 from asym import runs
 from asym.params import ParamsError
-from asym.runs import Run, progress, read_manifest, results_dir
+from asym.runs import Run, progress, read_manifest, results_dir, write_text
 
 
 def test_importing_runs_does_not_import_torch():
@@ -147,3 +147,21 @@ def test_two_processes_take_turns_on_a_run(tmp_path):
     with same.locked():
         assert not same.done
     assert [path.name for path in (tmp_path / "runs").glob("[!.]*")] == [run.folder.name]
+
+
+def test_a_download_is_known_on_every_machine_and_a_folder_by_its_place(tmp_path):
+    named = []
+    for machine in ("one", "two"):
+        blob = tmp_path / machine / "blobs" / "5f3a"
+        write_text(blob, "weights")
+        snapshot = tmp_path / machine / "snapshots" / "main"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").symlink_to(blob)
+        named.append(Run.linked(tmp_path / machine, snapshot).folder.name)
+    assert named[0] == named[1]
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        write_text(folder / "model.safetensors", "weights")
+    one, other = (Run.linked(tmp_path, folder) for folder in folders)
+    assert one.folder != other.folder
+    assert (one.checkpoint / "model.safetensors").read_text() == "weights"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from asym.params import ParamsError
+from asym.params import Params, ParamsError
 from asym.runs import read_manifest, repo_root
-from asym.study import NotebookError, _portable, run_study, write_readme
+from asym.study import NotebookError, _portable, check, room_for, run_study, write_readme
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
 FIRST = ["from pathlib import Path", PATHS, "Path('log').open('a').write('1')"]
@@ -74,7 +75,7 @@ def test_a_part_of_a_study_can_be_run_first(repo):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vllm": "true"}, "vllm = True: needs the package vllm, which is not installed"),
+        ({"vllm": "true"}, "vllm = True: needs the package vllm, which is not installed: set vllm to false"),
         ({"attention": "flash_attention_2"}, "attention = 'flash_attention_2': needs the package flash_attn"),
         ({"model": "/no/such/model"}, "model = '/no/such/model': is no folder here and cannot be downloaded"),
         ({"data": "/no/such/data", "tasks": "[sudoku]"}, "data = '/no/such/data': must be generated, hub:"),
@@ -84,6 +85,44 @@ def test_what_the_machine_lacks_is_told_before_anything_runs(repo, overrides, me
     with pytest.raises(ParamsError, match=re.escape(message)):
         run_study(repo / "tiny.yaml", None, overrides, root=repo)
     assert not (repo / "results").exists()
+
+
+def test_a_model_of_another_family_is_refused(repo, bases):
+    folder = str(bases("internvl").checkpoint)
+    with pytest.raises(ParamsError, match="is of type 'internvl', must be 'qwen3_vl', the parameter `family`"):
+        run_study(repo / "tiny.yaml", None, {"model": folder}, root=repo)
+    (repo / "fixed").touch()
+    run_study(repo / "tiny.yaml", None, {"model": folder, "family": "internvl"}, root=repo)
+
+
+def test_one_process_that_sees_several_gpus_is_told_to_choose(repo, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ParamsError, match=r"8 GPUs are visible .* CUDA_VISIBLE_DEVICES .* --num_processes 8"):
+        run_study(repo / "tiny.yaml", root=repo)
+    monkeypatch.setenv("RANK", "0")
+    check(Params())
+
+
+def test_too_little_memory_says_what_takes_less(repo):
+    path = repo / "notebooks" / "02_second.ipynb"
+    cell = new_code_cell("import torch\nraise torch.OutOfMemoryError('CUDA out of memory')")
+    nbformat.write(new_notebook(cells=[cell]), path)
+    with pytest.raises(NotebookError, match=r"CUDA out of memory\ntoo little memory: lower eval_batch"):
+        run_study(repo / "tiny.yaml", root=repo)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "told"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory", True),
+        ("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
+        ("ValueError", "No available memory for the cache blocks.", True),
+        ("MemoryError", "", True),
+        ("RuntimeError", "shape mismatch", False),
+    ],
+)
+def test_errors_that_tell_of_too_little_memory(name, message, told):
+    assert bool(room_for(name, message)) == told
 
 
 def test_results_from_before_a_parameter_existed_are_those_of_its_default(repo):
