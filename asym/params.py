@@ -91,7 +91,10 @@ class Params(BaseModel):
 
     # Model: a released one, or a small one of this size
     model: str = Field("", description="hub id or folder of a released model to post-train; '' makes a small one")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and products")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="number format of weights and products; training all weights in bfloat16 loses small steps",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="kernel of attention")
     hidden_size: Count = Field(64, description="width of the language model, a multiple of heads")
     layers: Count = Field(2, description="layers of the language model")

@@ -34,6 +34,7 @@ RELEASED = {
     "OpenGVLab/InternVL3_5-8B-HF": ((4096, 12288, 36, 32, False), (1024, 4096, 24, 14)),
 }
 INTERNVL_TILE = 448  # pixels; an image no larger is one tile
+QWEN_LEAST = 256  # pixels; a smaller image is enlarged
 
 
 class Card(NamedTuple):
@@ -115,7 +116,8 @@ def lengths(config: PretrainedConfig, p: Params, samples: int = 32) -> pd.Series
         side = max(config.vision_config.image_size) // max(vision.patch_size)
         patches, image = side**2, round(side * config.downsample_ratio) ** 2
     else:
-        side = max(1, round(p.image_size / vision.patch_size / vision.spatial_merge_size))
+        pixels = max(p.image_size, QWEN_LEAST) if p.model in RELEASED else p.image_size
+        side = max(1, round(pixels / vision.patch_size / vision.spatial_merge_size))
         image, patches = side**2, (side * vision.spatial_merge_size) ** 2
     prompts, perceptions, responses = [], [], []
     for name in p.tasks:

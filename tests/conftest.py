@@ -66,6 +66,20 @@ def base(bases):
     return bases(FAMILIES[0])
 
 
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """The folder of a released model with its sizes shrunk, made when first asked."""
+    import release
+
+    @cache
+    def folder_of(name: str):
+        folder = tmp_path_factory.mktemp("released")
+        release.write(name, folder)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture
 def drawing():
     """Figures in the study's style, drawn without a screen, and closed after the test."""
