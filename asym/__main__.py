@@ -32,15 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. What is finished is kept: repeat the same command to resume.", file=sys.stderr)
         return 130
-    except (RuntimeError, MemoryError, ValueError) as error:
+    except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing into nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RuntimeError, MemoryError, ValueError, OSError) as error:
         from asym.study import room_for
 
         if not (hint := room_for(type(error).__name__, str(error))):
             raise
         print(f"{' '.join(str(error).split())[:300]}\n{hint}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output left; keep the interpreter from flushing into nothing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -112,11 +112,11 @@ def _train(args: argparse.Namespace) -> int:
     from asym.base import train_base
     from asym.study import check
 
+    if args.arm not in (known := [*sft.arms(p), *rl.arms(p)]):
+        raise ParamsError(f"arm {args.arm!r}: {args.params} has the arms {', '.join(known)}")
     check(p)
     if "RANK" in os.environ:  # others of the launch may have to wait as long as another study trains the same arm
         PartialState(timeout=timedelta(days=2))
-    if args.arm not in (known := [*sft.arms(p), *rl.arms(p)]):
-        raise ParamsError(f"arm {args.arm!r}: {args.params} has the arms {', '.join(known)}")
     for task, seed in itertools.product(p.tasks, p.seeds):
         base = train_base(p, p.seeds[0])
         if args.arm in sft.arms(p):

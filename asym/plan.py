@@ -3,7 +3,8 @@
 Everything is arithmetic on the model's configuration: nothing is loaded, and nothing has been measured. What is an
 assumption is called so, here and in the column `how`. Left out of memory: the vision tower's activations, DDP's
 buckets, the allocator's waste. Left out of time: the encoding of prompts, the second pass of SFT arms that weigh
-gradients, the gradients of notebooks 2 and 4, a longer SFT, dose and response, the base of a small model.
+gradients, the gradients of notebooks 2 and 4, image_dependence in an RL arm, SFT for the coupling across checkpoints,
+a longer SFT, dose and response, the base of a small model.
 """
 
 import re
@@ -124,7 +125,7 @@ def lengths(config: PretrainedConfig, p: Params, samples: int = 32) -> pd.Series
         task = task_of(p, name)
         for index, problem in enumerate(islice(problems(task, "train_sft", 0), samples)):
             trace = task.explain(problem, stream(0, name, index), p.verbosity, p.variation)
-            prompts.append(task.prompt(problem, "full" if p.model else p.prompt_style))
+            prompts.append(task.prompt(problem, p.prompt_style if p.data == "generated" else "full"))
             perceptions.append(task.transcribe(problem))
             responses.append(compose(task.transcribe(problem), *trace))
     count = lambda texts: fmean(len(_PIECES.findall(text)) for text in texts)  # noqa: E731
@@ -151,8 +152,8 @@ class Sizes:
             self.rl_length = lengths(config, start)
         self.limit = self.length.image + self.length.prompt + p.max_new_tokens  # tokens
         self.layers = text.num_hidden_layers
-        self.weights = self.n[[*PARTS]].sum() * size  # bytes
         self.kept = self.n.trained * (4 if p.lora_rank else size)  # bytes of trained weights; adapters are in 32 bits
+        self.weights = self.n[[*PARTS]].sum() * size + (self.kept if p.lora_rank else 0)  # bytes
         # Bytes per token: keys and values; logits outside of trainers; activations, which if recomputed are those of
         # one layer and the input of every other
         self.cache = 2 * self.layers * text.num_key_value_heads * text.head_dim * size

@@ -115,8 +115,15 @@ def check(p: Params) -> None:
 
 def room_for(name: str, message: str) -> str:
     """What to do about an error of this class name and message if it tells of too little memory, else ""."""
-    told = ("can't allocate memory", "cannot allocate memory", "No available memory")  # torch's on a CPU, vLLM's
-    if name not in ("OutOfMemoryError", "MemoryError") and not any(words in message for words in told):
+    # torch's on a CPU, the system's, CUDA's, vLLM's, and joblib's of a worker that was killed
+    told = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "out of memory",
+        "no available memory",
+        "excessive memory",
+    )
+    if name not in ("OutOfMemoryError", "MemoryError") and not any(words in message.lower() for words in told):
         return ""
     return (
         "too little memory: lower eval_batch, sft_batch (and raise sft_accumulation) or workers, raise "

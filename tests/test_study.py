@@ -118,6 +118,8 @@ def test_too_little_memory_says_what_takes_less(repo):
         ("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
         ("ValueError", "No available memory for the cache blocks.", True),
         ("MemoryError", "", True),
+        ("TerminatedWorkerError", "... or by an excessive memory usage causing the Operating System to kill it.", True),
+        ("OSError", "[Errno 12] Cannot allocate memory", True),
         ("RuntimeError", "shape mismatch", False),
     ],
 )
