@@ -186,10 +186,11 @@ class _KeyValues:
 
 def _generate(model, inputs, copies: int, *, max_new_tokens: int, temperature: float, forbidden) -> torch.Tensor:
     """What `decode` does, by transformers' `generate`."""
-    own = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}  # else those that a release brings along
-    sampling = own | ({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False})
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling = sampling if temperature else {"do_sample": False}
     padding = torch.tensor(model.generation_config.eos_token_id).flatten()[0].item()  # a release may name no other
     limits = {"max_new_tokens": max_new_tokens, "suppress_tokens": forbidden, "pad_token_id": padding}
+    limits["repetition_penalty"] = 1.0  # this, top_k and top_p are else those that a release brings along
     written = [model.generate(**inputs, **limits, **sampling)[:, inputs["input_ids"].shape[1] :] for _ in range(copies)]
     longest = max(tokens.shape[1] for tokens in written)
     padded = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in written]

@@ -23,6 +23,8 @@ def measure_shares(
 ) -> pd.DataFrame:
     """Shares of perception at a checkpoint, one row per batch of SFT data; from the run's cache where they exist.
 
+    Gradients are those of what training moves (`models.as_trained`).
+
     Returns:
         Columns task, family, seed, stage, arm, step, batch, token_share, loss_share, gradient_share (0..1), and
         loss_perception, loss_reasoning (nats per token).
@@ -50,7 +52,8 @@ def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: in
     total = min(batches, len(loader))
     with progress(f"shares {task} {arm}", total) as bar:
         for index, batch in zip(range(total), loader, strict=False):
-            counts, sums, grads = [0, 0], [0.0, 0.0], [[torch.zeros_like(q) for q in parameters] for _ in range(2)]
+            counts, sums = [0, 0], [0.0, 0.0]
+            grads = [[torch.zeros_like(q, dtype=torch.float32) for q in parameters] for _ in range(2)]
             for row in batch:  # one response at a time: a released model has no room for more
                 losses, segments = token_losses(model, collator([row]))
                 for k, segment in enumerate((PERCEPTION, REASONING)):

@@ -229,16 +229,17 @@ def fetch(name: str) -> Path:
     Raises ParamsError: there is no such model, no network, no access, or no room for it.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        missing = [kind for kind in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(kind))]
-        for index in folder.glob("*.safetensors.index.json"):
-            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing += [part for part in parts if not (folder / part).exists()]
-        if missing:
-            raise ParamsError(f"model = {name!r}: the folder lacks {', '.join(missing)}")
-        return folder.resolve()
-    with _reaching(name):
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    if not folder.is_dir():
+        with _reaching(name):
+            wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+            folder = Path(snapshot_download(name, allow_patterns=wanted))  # without a network, as far as it came
+    missing = [kind for kind in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(kind))]
+    for index in folder.glob("*.safetensors.index.json"):
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing += [part for part in parts if not (folder / part).exists()]
+    if missing:
+        raise ParamsError(f"model = {name!r}: the folder {folder} lacks {', '.join(missing)}")
+    return folder.resolve()
 
 
 def check(name: str, family: str) -> None:
@@ -298,13 +299,15 @@ def _readable(folder: Path) -> Iterator[None]:
         raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ParamsError(f"{folder}: is no checkpoint that can be read ({why}); fetch or train it anew") from None
+        raise ParamsError(f"{folder}: is no checkpoint that can be read so ({why})") from None
 
 
 def _merged(folder: Path, kind: dict[str, str]) -> PreTrainedModel:
     if not (folder / "adapter_config.json").exists():
         return AutoModelForImageTextToText.from_pretrained(folder, **kind)
     base = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path)  # perhaps an adapter itself: SFT, then RL
+    if not base.exists():  # runs/ has moved, all of it together
+        base = folder.parents[1] / base.parent.name / base.name
     model = PeftModel.from_pretrained(_merged(base, kind), folder).merge_and_unload()
     model.name_or_path = str(folder)  # what an adapter trained on it says it needs
     return model

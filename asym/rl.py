@@ -301,7 +301,7 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
         raise ParamsError(
             f"arm {arm}: the model is asked for its reward, which weights in parts cannot answer: use DDP"
         )
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + PartialState().process_index)  # else processes that share a group write it twice
     saved = run.last_trainer_checkpoint()
     if first():  # what an interrupted training wrote beyond its checkpoint, perhaps on more processes
         done = int(saved.name.removeprefix("checkpoint-")) if saved else 0

@@ -114,15 +114,15 @@ class Run:
         place and its files' sizes and times.
         """
         files = [[path.name, path.resolve()] for path in sorted(folder.iterdir())]
-        if all(file.parent.name == "blobs" for _, file in files):
+        if folder.parent.name == "snapshots" and all(file.parent.name == "blobs" for _, file in files):
             config = {"files": [[name, file.name] for name, file in files]}
         else:
             stats = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
             config = {"folder": str(folder), "files": stats}
         run = cls.open(root, "model", config)
         with run.locked():
-            if not run.done:
-                run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted
+            if not (run.done and run.checkpoint.exists()):
+                run.checkpoint.unlink(missing_ok=True)  # of a call that was interrupted, or of a cache that has moved
                 run.checkpoint.symlink_to(folder)
                 run.finish()
         return run

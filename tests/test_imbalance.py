@@ -45,12 +45,14 @@ def test_shares_of_one_batch_are_what_two_full_backwards_give(tiny, base, root):
     }
 
 
-def test_every_checkpoint_sees_the_same_batches(tiny, base, root):
-    p = tiny(n_train_sft=8, sft_batch=2)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_every_checkpoint_sees_the_same_batches(tiny, base, root, rank):
+    p = tiny(n_train_sft=8, sft_batch=2, lora_rank=rank)
     one, same = (measure_shares(p, base, "graph_coloring", **WHERE, batches=3) for _ in range(2))
     pd.testing.assert_frame_equal(one, same)
     assert one["batch"].tolist() == [0, 1, 2]
     assert one["token_share"].nunique() > 1
+    assert one["gradient_share"].between(0, 1, inclusive="neither").all()
 
 
 def test_doses_turn_one_knob_each(tiny):

@@ -67,6 +67,7 @@ def test_two_processes_keep_every_rollout_once(tmp_path):
     checkpoint = launch(2, "outcome", tmp_path)
     rollouts = pd.read_parquet(f"{checkpoint}/../rollouts.parquet")
     assert len(rollouts) == 2 * 4
+    assert rollouts.completion.nunique() == len(rollouts)  # no two processes draw the same
     assert not rollouts.duplicated(["step", "problem_id", "rollout"]).any()
 
 

@@ -159,7 +159,20 @@ def test_a_download_is_known_on_every_machine_and_a_folder_by_its_place(tmp_path
         (snapshot / "model.safetensors").symlink_to(blob)
         named.append(Run.linked(tmp_path / machine, snapshot).folder.name)
     assert named[0] == named[1]
-    folders = [tmp_path / name for name in ("a", "b")]
+    other = tmp_path / "one" / "snapshots" / "other"
+    other.mkdir()
+    write_text(tmp_path / "one" / "blobs" / "77aa", "other weights")
+    (other / "model.safetensors").symlink_to(tmp_path / "one" / "blobs" / "77aa")
+    assert Run.linked(tmp_path / "one", other).folder.name != named[0]
+
+    moved = tmp_path / "moved" / "snapshots"
+    (tmp_path / "one" / "snapshots" / "main").rename(moved.parent.parent / "main")
+    moved.mkdir(parents=True)
+    (moved.parent.parent / "main").rename(moved / "main")
+    run = Run.linked(tmp_path / "one", moved / "main")
+    assert run.folder.name == named[0]
+    assert (run.checkpoint / "model.safetensors").read_text() == "weights"
+    folders = [tmp_path / name / "blobs" for name in ("a", "b")]
     for folder in folders:
         write_text(folder / "model.safetensors", "weights")
     one, other = (Run.linked(tmp_path, folder) for folder in folders)

@@ -24,8 +24,9 @@ def test_every_rollout_has_every_surrogate_once(tiny, start, monkeypatch):
     pd.testing.assert_frame_equal(scored_rollouts(p, start, "sudoku", 0), rows)
 
 
-def test_gradients_are_those_of_the_first_problems(tiny, start, monkeypatch):
-    p = tiny(coupling_rollouts=2, n_gradient=1)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradients_are_those_of_the_first_problems(tiny, start, monkeypatch, rank):
+    p = tiny(coupling_rollouts=2, n_gradient=1, lora_rank=rank)
     gradients = reward_gradients(p, start, "sudoku", 0)
     assert gradients.problem_id.nunique() == 1
     assert gradients["rollout"].tolist() == [0, 1]
