@@ -9,6 +9,7 @@ helps: L_p depends only on the prefix up to the end of the perception, so a pass
 the full pass needs to give only g_r.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -389,8 +390,18 @@ def fit(
     trainer.accelerator.wait_for_everyone()  # what comes next may load it
 
 
+def one_gpu() -> None:
+    """Raises ParamsError where a process that no launcher started sees several: trainers multiply the batch by them."""
+    if (seen := torch.cuda.device_count()) > 1 and "RANK" not in os.environ:
+        raise ParamsError(
+            f"{seen} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES to one of them, or train the arms first "
+            f"by `accelerate launch --num_processes {seen} -m asym train`"
+        )
+
+
 def share(batch: int, passes: int = 1) -> int:
     """What one process of a launch takes of a batch at a time. Raises ParamsError if it cannot be shared out evenly."""
+    one_gpu()
     processes = PartialState().num_processes
     if batch % (processes * passes):
         parts = f"{processes} processes" + f" times {passes} passes" * (passes > 1)

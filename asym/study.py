@@ -87,9 +87,7 @@ def run_study(
 
 def check(p: Params) -> None:
     """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
-    import torch  # here, because these take seconds
-
-    from asym import models, published
+    from asym import models, published, sft  # here, because they take seconds
 
     needs = {
         "vllm = True": (p.vllm, "vllm", "set vllm to false, or install it where torch may be the one it asks for"),
@@ -102,11 +100,7 @@ def check(p: Params) -> None:
     for asked, (wanted, package, instead) in needs.items():
         if wanted and not importlib.util.find_spec(package):
             raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
-    if (seen := torch.cuda.device_count()) > 1 and "RANK" not in os.environ:  # trainers would multiply the batch by it
-        raise ParamsError(
-            f"{seen} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES to one of them, or train the arms first "
-            f"by `accelerate launch --num_processes {seen} -m asym train`"
-        )
+    sft.one_gpu()
     if p.model:
         models.check(p.model, p.family)
     if p.data != "generated":
