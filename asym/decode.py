@@ -186,8 +186,9 @@ class _KeyValues:
 
 def _generate(model, inputs, copies: int, *, max_new_tokens: int, temperature: float, forbidden) -> torch.Tensor:
     """What `decode` does, by transformers' `generate`."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    sampling = sampling if temperature else {"do_sample": False}
+    sampling = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     padding = torch.tensor(model.generation_config.eos_token_id).flatten()[0].item()  # a release may name no other
     limits = {"max_new_tokens": max_new_tokens, "suppress_tokens": forbidden, "pad_token_id": padding}
     limits["repetition_penalty"] = 1.0  # this, top_k and top_p are else those that a release brings along

@@ -89,15 +89,12 @@ def check(p: Params) -> None:
     """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
     from asym import models, published, sft  # here, because they take seconds
 
-    needs = {
-        "vllm = True": (p.vllm, "vllm", "set vllm to false, or install it where torch may be the one it asks for"),
-        "attention = 'flash_attention_2'": (
-            p.attention == "flash_attention_2",
-            "flash_attn",
-            "set attention to sdpa, or `pip install flash-attn`",
-        ),
-    }
-    for asked, (wanted, package, instead) in needs.items():
+    flash = p.attention == "flash_attention_2"
+    needs = (
+        (p.vllm, "vllm = True", "vllm", "set it to false, or install it where torch may be the one it asks for"),
+        (flash, "attention = 'flash_attention_2'", "flash_attn", "set it to sdpa, or `pip install flash-attn`"),
+    )
+    for wanted, asked, package, instead in needs:
         if wanted and not importlib.util.find_spec(package):
             raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
     sft.one_gpu()

@@ -75,7 +75,7 @@ def test_a_part_of_a_study_can_be_run_first(repo):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vllm": "true"}, "vllm = True: needs the package vllm, which is not installed: set vllm to false"),
+        ({"vllm": "true"}, "vllm = True: needs the package vllm, which is not installed: set it to false"),
         ({"attention": "flash_attention_2"}, "attention = 'flash_attention_2': needs the package flash_attn"),
         ({"model": "/no/such/model"}, "model = '/no/such/model': is no folder here and cannot be downloaded"),
         ({"data": "/no/such/data", "tasks": "[sudoku]"}, "data = '/no/such/data': must be generated, hub:"),
