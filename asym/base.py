@@ -24,8 +24,9 @@ from asym.decode import complete
 from asym.params import Params
 from asym.runs import Run, repo_root
 from asym.scoring import score
-from asym.sft import fit, threads
+from asym.sft import fit
 from asym.tasks import Drawing, Task
+from asym.training import threads
 from asym.transcript import prefill, tagged
 
 TRANSCRIBE = "Transcribe the image."

@@ -28,9 +28,10 @@ from asym.data import draw, load_split, task_of
 from asym.parallel import side_by_side
 from asym.params import Params
 from asym.runs import Run, progress
-from asym.sft import TRAINING, SegmentCollator, SegmentSFTTrainer, threads
+from asym.sft import SegmentCollator, SegmentSFTTrainer
 from asym.tasks import get_task
 from asym.tasks.graph_coloring import Graph, GraphColoring, _largest_clique, chromatic_number, optimal_coloring
+from asym.training import TRAINING, threads
 from asym.transcript import prefill
 
 COLUMNS = ["work", "ours", "baseline", "unit", "ratio", "ratio_low", "ratio_high", "target", "limit"]

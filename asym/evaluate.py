@@ -12,7 +12,7 @@ from asym.decode import complete
 from asym.params import Params
 from asym.runs import Run, repo_root
 from asym.scoring import score
-from asym.sft import threads
+from asym.training import threads
 from asym.transcript import TAGS, prefill
 
 MODES = ("end_to_end", "counterfactual")  # the image alone; the image, and the response begun with the true p*

@@ -16,7 +16,8 @@ from asym.data import load_split
 from asym.decode import complete
 from asym.params import Params
 from asym.runs import Run, progress
-from asym.sft import TRAINING, SegmentCollator, SegmentSFTTrainer, threads
+from asym.sft import SegmentCollator, SegmentSFTTrainer
+from asym.training import TRAINING, threads
 
 MIDDLE = {"response tokens": 128, "batch": 8, "group": 8, "width": 128}
 SIZES = {"response tokens": (64, 128, 256, 512), "batch": (4, 8, 16, 32), "group": (2, 4, 8, 16)}

@@ -14,7 +14,8 @@ from asym import models, stats
 from asym.data import drawn_by, load_split
 from asym.params import Params
 from asym.runs import Run, progress, repo_root
-from asym.sft import SegmentCollator, threads, token_losses
+from asym.sft import SegmentCollator, token_losses
+from asym.training import threads
 from asym.transcript import PERCEPTION, REASONING
 
 

@@ -295,6 +295,8 @@ def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, Proces
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
+    except ParamsError:
+        raise
     except ImportError as error:  # says itself which package to install
         raise ParamsError(f"{folder}: {' '.join(str(error).split())}") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -302,9 +304,18 @@ def _readable(folder: Path) -> Iterator[None]:
         raise ParamsError(f"{folder}: is no checkpoint that can be read so ({why})") from None
 
 
+def all_weights(folder: Path | str, **kind: Any) -> PreTrainedModel:
+    """The model saved in a folder. Raises ParamsError if weights are missing there, which would else be random ones."""
+    model, found = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **kind)
+    if missing := sorted(found["missing_keys"]):
+        few = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        raise ParamsError(f"{folder}: its files lack {len(missing)} of the model's weights: {few}")
+    return model
+
+
 def _merged(folder: Path, kind: dict[str, str]) -> PreTrainedModel:
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForImageTextToText.from_pretrained(folder, **kind)
+        return all_weights(folder, **kind)
     base = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path)  # perhaps an adapter itself: SFT, then RL
     if not base.exists():  # runs/ has moved, all of it together
         base = folder.parents[1] / base.parent.name / base.name

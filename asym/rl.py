@@ -32,8 +32,17 @@ from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
 from asym.runs import Run, first, repo_root, write_csv, write_parquet
 from asym.self_rewards import SELF_REWARDS, Policy
-from asym.sft import TRAINING, ProgressCallback, SnapshotCallback, share, threads, whole_weights
 from asym.tasks import Task
+from asym.training import (
+    TRAINING,
+    ProgressCallback,
+    Resumable,
+    SnapshotCallback,
+    clear,
+    share,
+    threads,
+    whole_weights,
+)
 
 # TRL 1.16 asks transformers by a name that is on its way out
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -44,7 +53,7 @@ PROMPT_ROOM = 1024  # tokens of a prompt with its image, at most
 HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
 
 
-class RolloutTrainer(GRPOTrainer):
+class RolloutTrainer(Resumable, GRPOTrainer):
     """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>-<process>.parquet`.
 
     Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
@@ -250,7 +259,7 @@ def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
 
 def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
     task, arm, seed, weights = (run.config[key] for key in ("task", "arm", "seed", "weights"))
-    sft.clear(run, snapshots)
+    clear(run, snapshots)
     model, processor = models.load(start.checkpoint, p)
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid

@@ -11,7 +11,7 @@ from asym.params import Params
 from asym.rewards import SURROGATES, with_surrogates
 from asym.runs import Run, repo_root
 from asym.self_rewards import SELF_REWARDS, Policy, with_self_rewards
-from asym.sft import threads
+from asym.training import threads
 
 NAMES = [reward.__name__ for reward in (*SURROGATES, *SELF_REWARDS)]
 GRADIENTS = ["perception", "perception_graded", "mixed", "outcome", *NAMES]  # whose policy gradients are compared

@@ -9,20 +9,17 @@ helps: L_p depends only on the prefix up to the end of the perception, so a pass
 the full pass needs to give only g_r.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from asym import models
@@ -31,19 +28,19 @@ from asym.data import drawn_by, load_split
 from asym.decode import known
 from asym.models import chat
 from asym.params import Params, ParamsError
-from asym.runs import Run, first, progress, repo_root, write_csv
+from asym.runs import Run, first, repo_root, write_csv
+from asym.training import (
+    TRAINING,
+    ProgressCallback,
+    Resumable,
+    SnapshotCallback,
+    clear,
+    share,
+    threads,
+    whole_weights,
+)
 from asym.transcript import PERCEPTION, REASONING, segment_ids
 
-TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this project, not of a study
-    "save_total_limit": 1,
-    "activation_checkpointing": False,
-    "bf16": False,  # weights have the number format of the study, `dtype`; nothing is cast on the way
-    "remove_unused_columns": False,
-    "ddp_broadcast_buffers": False,  # none changes; and processes may pass a batch in different numbers of parts
-    "dataloader_pin_memory": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 LOG_EVERY = 10  # optimizer steps
 SAVE_EVERY = 100  # optimizer steps; what an interruption loses at most
 METRICS = (
@@ -90,7 +87,7 @@ class SegmentCollator:
         return padded | {name: torch.as_tensor(np.asarray(values)) for name, values in batch.items()}
 
 
-class SegmentSFTTrainer(SFTTrainer):
+class SegmentSFTTrainer(Resumable, SFTTrainer):
     """TRL's `SFTTrainer` with the loss balanced between segments; batches come from a `SegmentCollator`.
 
     Logs, averaged over the logging interval: the two losses, λ, and (where they were measured) the two gradient norms
@@ -291,39 +288,6 @@ def _or_zero(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
-class ProgressCallback(TrainerCallback):
-    """Shows a trainer's steps on the study's own bar."""
-
-    def __init__(self, label: str):
-        self.label, self.bar = label, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress(self.label, state.max_steps)
-        self.bar.update(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-class SnapshotCallback(TrainerCallback):
-    """Saves the model after some steps, each to a run of its own, so that accuracy can be measured along training."""
-
-    def __init__(self, snapshots: dict[int, Run], processor: ProcessorMixin):
-        self.snapshots, self.processor = snapshots, processor
-        self.trainer: Trainer | None = None  # set when there is one
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        run = self.snapshots.get(state.global_step)
-        if run and not run.done:
-            weights = whole_weights(self.trainer)
-            if first():
-                models.save(model, self.processor, run.checkpoint, weights)
-                run.finish()
-
-
 def fit(
     run: Run,
     label: str,
@@ -390,42 +354,6 @@ def fit(
     trainer.accelerator.wait_for_everyone()  # what comes next may load it
 
 
-def one_gpu() -> None:
-    """Raises ParamsError where a process that no launcher started sees several: trainers multiply the batch by them."""
-    if (seen := torch.cuda.device_count()) > 1 and "RANK" not in os.environ:
-        raise ParamsError(
-            f"{seen} GPUs are visible to one process: set CUDA_VISIBLE_DEVICES to one of them, or train the arms first "
-            f"by `accelerate launch --num_processes {seen} -m asym train`"
-        )
-
-
-def share(batch: int, passes: int = 1) -> int:
-    """What one process of a launch takes of a batch at a time. Raises ParamsError if it cannot be shared out evenly."""
-    one_gpu()
-    processes = PartialState().num_processes
-    if batch % (processes * passes):
-        parts = f"{processes} processes" + f" times {passes} passes" * (passes > 1)
-        raise ParamsError(f"a batch of {batch} must be a multiple of the {parts} that share it")
-    return batch // processes // passes
-
-
-def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """The weights of a model that a launch has spread over its processes; all of them must ask. None if it has not."""
-    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Run torch on `n` threads: what a study asks for, not what the machine has, decides the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def arms(p: Params) -> list[str]:
     """The SFT arms of a study."""
     return ["token_averaged", *(f"lambda_{value:g}" for value in p.lambdas), "ngdiff", *p.balances]
@@ -460,15 +388,3 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
     label = f"SFT {task} {arm}"
     fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=snapshots, **schedule)
-
-
-def clear(run: Run, snapshots: dict[int, Run]) -> None:
-    """Away with what an earlier training of the run left that this one cannot use."""
-    if first():
-        (run.folder / "DONE").unlink(missing_ok=True)  # trained before snapshots were asked for
-        saved = run.last_trainer_checkpoint()
-        passed = int(saved.name.removeprefix("checkpoint-")) if saved else 0
-        if not all(snapshot.done for step, snapshot in snapshots.items() if step <= passed):
-            shutil.rmtree(run.folder / "trainer")  # a snapshot that it lacks lies behind: from the start
-    if PartialState().num_processes > 1:
-        PartialState().wait_for_everyone()

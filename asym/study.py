@@ -87,7 +87,7 @@ def run_study(
 
 def check(p: Params) -> None:
     """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
-    from asym import models, published, sft  # here, because they take seconds
+    from asym import models, published, training  # here, because they take seconds
 
     flash = p.attention == "flash_attention_2"
     needs = (
@@ -97,7 +97,7 @@ def check(p: Params) -> None:
     for wanted, asked, package, instead in needs:
         if wanted and not importlib.util.find_spec(package):
             raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
-    sft.one_gpu()
+    training.one_gpu()
     if p.model:
         models.check(p.model, p.family)
     if p.data != "generated":

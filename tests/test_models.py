@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -265,6 +266,17 @@ def test_weights_that_broke_off_are_a_plain_error(vlm, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ParamsError, match=r"is no checkpoint that can be read so \(SafetensorError"):
+        load(tmp_path)
+
+
+def test_weights_that_are_missing_are_a_plain_error_not_random_ones(vlm, tmp_path):
+    models.save(*vlm, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(
+        {name: each for name, each in weights.items() if name != gone}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ParamsError, match=r": its files lack 1 of the model's weights: \S+q_proj\.weight$"):
         load(tmp_path)
 
 

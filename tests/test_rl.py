@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from asym import decode as decoding
-from asym import models, rl, sft
+from asym import models, rl, training
 from asym.credit import perception_mask
 from asym.data import load_split, task_of
 from asym.decode import decode
 from asym.params import Params
 from asym.rl import REWARDS, train_arm, train_start
 from asym.runs import Run, repo_root
-from asym.sft import TRAINING
+from asym.training import TRAINING, ProgressCallback, share
 
 COLUMNS = ["step", "problem_id", "rollout", "ground_truth", "completion"]
 NAMES = [reward.__name__ for reward in REWARDS]
@@ -214,13 +214,13 @@ def test_rollouts_are_written_a_few_groups_at_a_time(tiny, start, root, script, 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 @pytest.mark.parametrize("path", sorted(repo_root().glob("params/*vl_*.yaml")), ids=lambda path: path.stem)
 def test_a_step_of_the_released_studies_is_the_same_on_any_number_of_gpus(path, processes, monkeypatch):
-    for room in (rl, sft):
+    for room in (rl, training):
         monkeypatch.setattr(room, "PartialState", lambda: SimpleNamespace(num_processes=processes))
     p = Params.load(path)
     rollouts = p.rl_prompts * p.rl_group
-    assert sft.share(rollouts, rl.own_passes(p)) * rl.own_passes(p) * processes == rollouts
-    assert sft.share(rollouts, rl.own_passes(p)) == max(rollouts // p.rl_accumulation, 1)
-    assert sft.share(p.sft_batch) * processes == p.sft_batch
+    assert share(rollouts, rl.own_passes(p)) * rl.own_passes(p) * processes == rollouts
+    assert share(rollouts, rl.own_passes(p)) == max(rollouts // p.rl_accumulation, 1)
+    assert share(p.sft_batch) * processes == p.sft_batch
 
 
 def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, root, script, monkeypatch):
@@ -326,11 +326,12 @@ def test_a_finished_arm_is_reused_and_the_same_twice(tiny, sampled, start, root,
             train_arm(changed, start, "sudoku", arm, seed)
 
 
-def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, start, root, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, bases, root, monkeypatch, family):
     def outcome(task, problems, completions):  # what a tiny model can earn something by
         return [len(text) % 7 / 7 for text in completions]
 
-    p = tiny(n_train_rl=6, rl_steps=3, max_new_tokens=12, rl_lr=1e-2)
+    p, start = tiny(n_train_rl=6, rl_steps=3, max_new_tokens=12, rl_lr=1e-2, family=family), bases(family)
     monkeypatch.setattr(rl, "REWARDS", (outcome,))
     monkeypatch.setattr(rl, "SAVE_EVERY", 1)
     monkeypatch.setattr("asym.rl.repo_root", lambda: root / "whole")
@@ -338,14 +339,14 @@ def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, start
     monkeypatch.setattr("asym.rl.repo_root", lambda: root / "cut")
     with monkeypatch.context() as patch:
         steps = itertools.count(1)
-        step_end = rl.ProgressCallback.on_step_end
+        step_end = ProgressCallback.on_step_end
 
         def on_step_end(self, *args, **kwargs):
             if next(steps) == 3:
                 raise KeyboardInterrupt
             step_end(self, *args, **kwargs)
 
-        patch.setattr(rl.ProgressCallback, "on_step_end", on_step_end)
+        patch.setattr(ProgressCallback, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
             train_arm(p, start, "sudoku", "outcome", 0)
     resumed = train_arm(p, start, "sudoku", "outcome", 0)

@@ -17,7 +17,8 @@ from asym.balance import Fixed, NGDiff, PCGrad, PerceptionFirst, Segments, Token
 from asym.base import train_base
 from asym.data import build_split
 from asym.params import Params
-from asym.sft import METRICS, ProgressCallback, SegmentCollator, SegmentSFTTrainer, train_arm
+from asym.sft import METRICS, SegmentCollator, SegmentSFTTrainer, train_arm
+from asym.training import ProgressCallback
 from asym.transcript import PERCEPTION, REASONING
 
 POLICIES = {"token_averaged": TokenAveraged(), "lambda_0.3": Fixed(0.3), "ngdiff": NGDiff()}
@@ -403,9 +404,19 @@ def interrupt(monkeypatch, at: int):
     monkeypatch.setattr(ProgressCallback, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("arm", ["token_averaged", "ngdiff"])
-def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(tiny, base, root, monkeypatch, arm):
-    p = tiny(sft_steps=6, sft_batch=2, sft_accumulation=2)
+@pytest.mark.parametrize(
+    ("family", "arm", "lora_rank"),
+    [
+        ("qwen3_vl", "token_averaged", 0),
+        ("qwen3_vl", "ngdiff", 0),
+        ("internvl", "ngdiff", 0),
+        ("internvl", "ngdiff", 2),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(
+    tiny, bases, root, monkeypatch, family, arm, lora_rank
+):
+    p, base = tiny(sft_steps=6, sft_batch=2, sft_accumulation=2, family=family, lora_rank=lora_rank), bases(family)
     monkeypatch.setattr(sft, "SAVE_EVERY", 2)
     monkeypatch.setattr(sft, "LOG_EVERY", 2)
     monkeypatch.setattr("asym.sft.repo_root", lambda: root / "whole")
@@ -421,14 +432,16 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(tiny, base, 
     resumed = train_arm(p, base, "sudoku", arm, 0)
     assert resumed.folder == half
     assert resumed.done
-    one, other = (load_file(run.checkpoint / "model.safetensors") for run in (whole, resumed))
+    weights = "adapter_model.safetensors" if lora_rank else "model.safetensors"
+    one, other = (load_file(run.checkpoint / weights) for run in (whole, resumed))
     assert_same(one, other, atol=0, rtol=0)
     pd.testing.assert_frame_equal(whole.metrics(), resumed.metrics())
     assert list(whole.metrics()["step"]) == [2, 4, 6]
 
 
-def test_an_interrupted_base_resumes_to_the_same_weights(tiny, root, monkeypatch):
-    p = tiny(language_steps=4, vision_steps=2)
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_an_interrupted_base_resumes_to_the_same_weights(tiny, root, monkeypatch, family):
+    p = tiny(language_steps=4, vision_steps=2, family=family)
     monkeypatch.setattr(sft, "SAVE_EVERY", 2)
     monkeypatch.setattr("asym.base.repo_root", lambda: root / "whole")
     whole = train_base(p, 0)
