@@ -1,4 +1,4 @@
-"""Batched generation: prompts in, completion texts out, faster than by `generate` for models it knows.
+"""Batched generation: prompts in, completion texts out, and their probabilities; faster than by `generate`.
 
 What makes the difference: every distinct prompt is encoded once and its keys and values are shared out to its copies;
 keys and values lie in tensors made for the whole response, so that a step writes a column instead of copying all of
@@ -13,6 +13,7 @@ from peft import PeftModel
 from PIL.Image import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from asym import models
 from asym.models import chat, image_token_ids
 from asym.runs import progress
 
@@ -102,14 +103,9 @@ def decode(
     decoder, head = model.model.language_model, model.get_output_embeddings()
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).reshape(-1)
 
-    mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
-    pictured = "image_grid_thw" in inputs  # Qwen then places tokens itself: an image takes fewer places
-    positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    encoded = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
-    if pictured:
-        places = places + model.model.rope_deltas[:, 0]
-    states = _KeyValues(encoded.past_key_values, mask, copies, max_new_tokens)
-    logits, places = (rows.repeat_interleave(copies, 0) for rows in (encoded.logits[:, -1], places))
+    cache, mask, places, logits = _encode(model, inputs)
+    states = _KeyValues(cache, mask, copies, max_new_tokens)
+    logits, places = (rows.repeat_interleave(copies, 0) for rows in (logits, places))
 
     written = ends[0].new_zeros((len(logits), max_new_tokens))
     lengths = ends.new_full((len(logits),), max_new_tokens)
@@ -132,6 +128,88 @@ def decode(
             hidden = layer(hidden, attention_mask=attended, past_key_values=states, position_embeddings=rotary)
         logits = head(decoder.norm(hidden[:, 0]))
     return [ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+
+
+def _encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple:
+    """Keys and values of left-padded prompts, which of their tokens are no padding, where each goes on, and with what.
+
+    (Cache; mask (B, T); place of the next token (B,); its logits (B, vocabulary).)
+    """
+    mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
+    pictured = "image_grid_thw" in inputs  # Qwen then places tokens itself: an image takes fewer places
+    positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    encoded = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
+    if pictured:
+        places = places + model.model.rope_deltas[:, 0]
+    return encoded.past_key_values, mask, places, encoded.logits[:, -1]
+
+
+def log_probs(
+    model: PreTrainedModel | PeftModel,
+    inputs: dict[str, torch.Tensor],
+    prompt: torch.Tensor,
+    completions: torch.Tensor,
+    lengths: torch.Tensor,
+    moving: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every token of some completions, with gradients, and the entropy where it was chosen.
+
+    Prompts are encoded once for all their completions; those of like length pass together.
+
+    Args:
+        inputs: what the processor returns for the distinct prompts, left-padded.
+        prompt: which of them each completion belongs to (B,).
+        completions: token ids (B, T), right-padded.
+        lengths: tokens of each, (B,).
+        moving: which completions need gradients (B,).
+
+    Returns:
+        Two of (B, T), 0 beyond the length.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    decoder, head = model.model.language_model, model.get_output_embeddings()
+    cache, mask, places, logits = _encode(model, inputs)
+    order, found = [], []
+    for some in (moving.nonzero()[:, 0], (~moving).nonzero()[:, 0]):
+        for rows in (some[part] for part in models.parts(lengths[some])):
+            width = int(lengths[rows[0]].clamp(min=1))
+            ids, of = completions[rows, :width], prompt[rows]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(moving[rows[0]])):
+                states = _Shared(cache, of)
+                hidden = decoder.embed_tokens(ids[:, :-1])
+                steps = torch.arange(width - 1, device=ids.device)
+                rotary = decoder.rotary_emb(hidden, places[of, None] + steps)
+                attended = torch.cat(
+                    [mask[of, None].expand(-1, width - 1, -1), (steps <= steps[:, None]).expand(len(of), -1, -1)], 2
+                )[:, None]
+                for layer in decoder.layers:
+                    hidden = layer(hidden, attention_mask=attended, past_key_values=states, position_embeddings=rotary)
+                scores = torch.cat([logits[of, None], head(decoder.norm(hidden))], 1).float() / temperature
+                scores = scores.log_softmax(-1)
+                chosen = scores.gather(2, ids[..., None])[..., 0]
+                with torch.no_grad():
+                    entropy = -(scores.exp() * scores).sum(-1)
+            written = torch.arange(width, device=ids.device) < lengths[rows, None]
+            missing = (0, completions.shape[1] - width)
+            order.append(rows)
+            found.append([torch.nn.functional.pad(values * written, missing) for values in (chosen, entropy)])
+    back = torch.cat(order).argsort()
+    return tuple(torch.cat(each)[back] for each in zip(*found, strict=True))
+
+
+class _Shared:
+    """Keys and values of prompts, each for its completions: `update` puts those of the completions behind them."""
+
+    def __init__(self, cache, prompt: torch.Tensor):
+        self.cache, self.prompt = cache, prompt
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.cache.layers[layer]
+        return tuple(
+            torch.cat([given[self.prompt], new], 2) for given, new in ((before.keys, keys), (before.values, values))
+        )
 
 
 def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
@@ -25,7 +24,7 @@ from trl.trainer.utils import pad
 
 from asym import credit, models, sft, stats
 from asym.data import drawn_by, load_split, task_of
-from asym.decode import decode, known
+from asym.decode import decode, known, log_probs
 from asym.evaluate import measure_along
 from asym.models import image_token_ids
 from asym.params import CREDITS, Params, ParamsError
@@ -56,8 +55,8 @@ HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves no
 class RolloutTrainer(Resumable, GRPOTrainer):
     """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>-<process>.parquet`.
 
-    Rollouts come from `decode`, which encodes the prompt of a group once; the update scores rows of like length
-    together, each batch cut to its longest. Models that `decode` does not know, other ways of sampling than by a
+    Rollouts come from `decode`, which encodes the prompt of a group once; so does the update on a CPU, where rows
+    without an advantage need no gradients. Models that `decode` does not know, other ways of sampling than by a
     temperature, other generation back ends and sharded weights take TRL's own way.
 
     Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit;
@@ -67,6 +66,7 @@ class RolloutTrainer(Resumable, GRPOTrainer):
     rollouts: Path
     arm = "outcome"
     written_at_once = 256
+    _sharing: tuple[torch.Tensor, torch.Tensor] | None = None  # while a loss is computed: prompt of each row, who moves
 
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
@@ -109,27 +109,32 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         model.train()
         return completions, None
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *, num_images=None, **kwargs
-    ):
-        score = super()._get_per_token_logps_and_entropies
-        if not known(self.model) or num_images != [1] * len(input_ids):
-            return score(model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **kwargs)
-        options = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
+    def _compute_loss(self, model, inputs):
+        prompt = inputs.pop("prompt")
+        # Each pass must go through the wrapper that joins gradients, and layers that recompute keep no keys and values
+        alone = self.accelerator.num_processes == 1 and not self.args.activation_checkpointing
+        on_cpu = alone and known(self.model) and prompt.device.type == "cpu"
+        if on_cpu and inputs.get("num_images") == [1] * len(prompt):
+            # Without a KL term, rows whose advantage is 0 move nothing; one is kept, or a step might have no gradient
+            moving = (inputs["advantages"].view(len(prompt), -1) != 0).any(1) | (self.beta != 0)
+            moving[0] |= ~moving.any()
+            self._sharing = prompt, moving
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._sharing = None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._sharing is None:
+            score = super()._get_per_token_logps_and_entropies
+            return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        (prompt, moving), width = self._sharing, input_ids.shape[1] - logits_to_keep
+        distinct, prompt = prompt.unique(return_inverse=True)
+        first = (prompt == torch.arange(len(distinct), device=prompt.device)[:, None]).int().argmax(1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        lengths = attention_mask[:, -logits_to_keep:].sum(1)
-        prompt, order, found = input_ids.shape[1] - logits_to_keep, [], []
-        for rows in (few for part in models.parts(prompt + lengths) for few in part.split(batch_size or len(part))):
-            width = int(lengths[rows[0]].clamp(min=1))
-            part = models.take(inputs, rows, prompt + width)
-            scores = score(model, **part, logits_to_keep=width, num_images=[1] * len(rows), **options)
-            missing = (0, logits_to_keep - width)
-            order.append(rows)
-            found.append([values if values is None else F.pad(values, missing) for values in scores[:2]])
-        back = torch.cat(order).argsort()
-        logps, entropies = (None if each[0] is None else torch.cat(each)[back] for each in zip(*found, strict=True))
-        return logps, entropies, None
+        rows = prompt, input_ids[:, width:], attention_mask[:, width:].sum(1), moving
+        return *log_probs(model, models.take(inputs, first, width), *rows, self.temperature), None
 
     def _calculate_rewards(self, *args):
         self._rewards = super()._calculate_rewards(*args)  # (B, rewards), of all processes
@@ -158,6 +163,7 @@ class RolloutTrainer(Resumable, GRPOTrainer):
             output["advantages"] = self._token_advantages(output)
         advantages = output["advantages"].view(len(inputs), -1)  # (B, 1) or (B, T)
         ours = self._ours(inputs)
+        output["prompt"] = torch.arange(len(inputs), device=advantages.device) // self.num_generations
         last = (output["completion_mask"].sum(1) - 1).clamp(0, advantages.shape[1] - 1)
         table = pd.DataFrame(
             {

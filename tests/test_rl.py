@@ -223,36 +223,40 @@ def test_a_step_of_the_released_studies_is_the_same_on_any_number_of_gpus(path, 
     assert share(p.sft_batch) * processes == p.sft_batch
 
 
-def test_scoring_in_batches_of_like_length_changes_no_probability(tiny, start, root, script, monkeypatch):
-    compared = []
-    ours = rl.RolloutTrainer._get_per_token_logps_and_entropies
+@pytest.mark.parametrize("moving", [1, -1])  # which prompt's rollouts have an advantage: the second's, none
+@pytest.mark.parametrize(
+    ("family", "parts", "lora_rank"),
+    [
+        ("qwen3_vl", ["language"], 0),
+        ("internvl", ["language", "projector", "vision"], 0),
+        ("qwen3_vl", ["language"], 2),
+    ],
+)
+def test_an_update_that_encodes_prompts_once_is_the_stock_one(
+    tiny, bases, root, script, monkeypatch, family, parts, lora_rank, moving
+):
+    """The loss, its gradients and the entropies, also where rollouts have no advantage and thus need no gradient."""
+    ours, stock, compared = rl.RolloutTrainer._compute_loss, GRPOTrainer._compute_loss, []
 
-    def both(self, model, input_ids, attention_mask, *args, **kwargs):
-        found = ours(self, model, input_ids, attention_mask, *args, **kwargs)
-        plain = stock(self, model, input_ids, attention_mask, *args, **kwargs)
-        written = attention_mask[:, -found[0].shape[1] :].bool()
-        compared.append([(a[written], b[written]) for a, b in zip(found[:2], plain[:2], strict=True)])
-        return found
+    def both(self, model, inputs):
+        generator = torch.Generator().manual_seed(0)
+        inputs["advantages"] = torch.randn(len(inputs["prompt"]), generator=generator) * (inputs["prompt"] == moving)
+        weights = [q for q in model.parameters() if q.requires_grad]
+        found = []
+        for way in (ours, stock):
+            loss = way(self, model, dict(inputs))
+            found.append([loss.detach(), *torch.autograd.grad(loss, weights), self._metrics["train"]["entropy"][-1]])
+        compared.append(found)
+        return ours(self, model, inputs)
 
-    widths = []
-    stock = GRPOTrainer._get_per_token_logps_and_entropies
-
-    def watched(self, *args, **kwargs):
-        widths.append(kwargs.get("logits_to_keep"))
-        return stock(self, *args, **kwargs)
-
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
     monkeypatch.setattr(models, "TOGETHER", 200)
-    monkeypatch.setattr(rl.RolloutTrainer, "_get_per_token_logps_and_entropies", both)
-    p = tiny(max_new_tokens=400)
+    monkeypatch.setattr(rl.RolloutTrainer, "_compute_loss", both)
+    p = tiny(max_new_tokens=400, family=family, trained_parts=parts, lora_rank=lora_rank)
     script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])
-    train_arm(p, start, "sudoku", "outcome", 0)
-    ((logps, entropies),) = compared
-    torch.testing.assert_close(*logps)
-    torch.testing.assert_close(*entropies)
-    assert logps[0].requires_grad
-    assert len(widths) > 2
-    assert widths == sorted(widths, reverse=True) != widths[:1] * len(widths)
+    train_arm(p, bases(family), "sudoku", "outcome", 0)
+    ((found, expected),) = compared
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert any(grad.any() for grad in found[1:-1]) == (moving == 1)
 
 
 def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monkeypatch):
