@@ -214,7 +214,10 @@ def matrix_peak(width: int) -> float:
 
 
 def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> list[dict]:
-    """GRPO's rollouts and whole steps beside TRL's trainer: the same arguments, rewards and prompts."""
+    """GRPO's rollouts and whole steps beside TRL's trainer: the same arguments, rewards and prompts.
+
+    All rewards are paid, so that nearly every row has an advantage; an arm with one reward spares more gradients.
+    """
     model, processor = models.load(start.checkpoint, p)
     models.prepare_training(model, p.model_copy(update={"lora_rank": 0}))  # both trainers share this model
     arguments = GRPOConfig(

@@ -1,4 +1,4 @@
-"""Batched generation: prompts in, completion texts out, and their probabilities; faster than by `generate`.
+"""Batched generation, faster than by `generate`, and the log-probabilities of what was written.
 
 What makes the difference: every distinct prompt is encoded once and its keys and values are shared out to its copies;
 keys and values lie in tensors made for the whole response, so that a step writes a column instead of copying all of
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from PIL.Image import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import Cache, PreTrainedModel, ProcessorMixin
 
 from asym import models
 from asym.models import chat, image_token_ids
 from asym.runs import progress
 
-KNOWN = ("qwen3_vl", "internvl")  # model types whose decoder layers `decode` can run
+KNOWN = ("qwen3_vl", "internvl")  # model types whose decoder layers are run here, one by one
 LEAVE = 0.85  # finished rows are dropped once fewer than this share of the batch is still being written
 
 
 def known(model: torch.nn.Module) -> bool:
-    """Whether `decode` can run this model: its layers, and attention that takes a Boolean mask."""
+    """Whether `decode` and `log_probs` can run this model: its layers, and attention that takes a Boolean mask."""
     return model.config.model_type in KNOWN and model.config.get_text_config()._attn_implementation == "sdpa"
 
 
@@ -130,11 +130,10 @@ def decode(
     return [ids[:length] for ids, length in zip(written.tolist(), lengths.tolist(), strict=True)]
 
 
-def _encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple:
-    """Keys and values of left-padded prompts, which of their tokens are no padding, where each goes on, and with what.
-
-    (Cache; mask (B, T); place of the next token (B,); its logits (B, vocabulary).)
-    """
+def _encode(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left-padded prompts encoded: keys and values, mask (B, T), and of the next token place (B,) and logits (B, V)."""
     mask, places = inputs["attention_mask"].bool(), inputs["attention_mask"].sum(1)
     pictured = "image_grid_thw" in inputs  # Qwen then places tokens itself: an image takes fewer places
     positions = {} if pictured else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -153,16 +152,18 @@ def log_probs(
     moving: torch.Tensor,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every token of some completions, with gradients, and the entropy where it was chosen.
+    """Log-probability of every token of some completions, and the entropy of the distribution that it was drawn from.
 
-    Prompts are encoded once for all their completions; those of like length pass together.
+    Prompts are encoded once for all their completions; those of like length pass together. The logits of all are kept
+    for the backward pass: made for a small vocabulary.
 
     Args:
         inputs: what the processor returns for the distinct prompts, left-padded.
         prompt: which of them each completion belongs to (B,).
         completions: token ids (B, T), right-padded.
         lengths: tokens of each, (B,).
-        moving: which completions need gradients (B,).
+        moving: which completions need gradients (B,); entropies have none.
+        temperature: what logits are divided by.
 
     Returns:
         Two of (B, T), 0 beyond the length.
@@ -178,20 +179,19 @@ def log_probs(
             ids, of = completions[rows, :width], prompt[rows]
             with torch.set_grad_enabled(torch.is_grad_enabled() and bool(moving[rows[0]])):
                 states = _Shared(cache, of)
-                hidden = decoder.embed_tokens(ids[:, :-1])
-                steps = torch.arange(width - 1, device=ids.device)
+                hidden = decoder.embed_tokens(ids)
+                steps = torch.arange(width, device=ids.device)
                 rotary = decoder.rotary_emb(hidden, places[of, None] + steps)
-                attended = torch.cat(
-                    [mask[of, None].expand(-1, width - 1, -1), (steps <= steps[:, None]).expand(len(of), -1, -1)], 2
-                )[:, None]
+                causal = (steps <= steps[:, None]).expand(len(of), -1, -1)
+                attended = torch.cat([mask[of, None].expand(-1, width, -1), causal], 2)[:, None]
                 for layer in decoder.layers:
                     hidden = layer(hidden, attention_mask=attended, past_key_values=states, position_embeddings=rotary)
-                scores = torch.cat([logits[of, None], head(decoder.norm(hidden))], 1).float() / temperature
-                scores = scores.log_softmax(-1)
+                next_logits = head(decoder.norm(hidden[:, :-1]))  # the last token is followed by none
+                scores = (torch.cat([logits[of, None], next_logits], 1).float() / temperature).log_softmax(-1)
                 chosen = scores.gather(2, ids[..., None])[..., 0]
                 with torch.no_grad():
                     entropy = -(scores.exp() * scores).sum(-1)
-            written = torch.arange(width, device=ids.device) < lengths[rows, None]
+            written = steps < lengths[rows, None]
             missing = (0, completions.shape[1] - width)
             order.append(rows)
             found.append([torch.nn.functional.pad(values * written, missing) for values in (chosen, entropy)])
@@ -202,14 +202,13 @@ def log_probs(
 class _Shared:
     """Keys and values of prompts, each for its completions: `update` puts those of the completions behind them."""
 
-    def __init__(self, cache, prompt: torch.Tensor):
+    def __init__(self, cache: Cache, prompt: torch.Tensor):
         self.cache, self.prompt = cache, prompt
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.cache.layers[layer]
-        return tuple(
-            torch.cat([given[self.prompt], new], 2) for given, new in ((before.keys, keys), (before.values, values))
-        )
+        pairs = ((before.keys, keys), (before.values, values))
+        return tuple(torch.cat([given.index_select(0, self.prompt), new], 2) for given, new in pairs)
 
 
 def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -228,7 +227,7 @@ class _KeyValues:
     It offers of transformers' `Cache` what decoder layers use. The copies of a prompt lie next to each other.
     """
 
-    def __init__(self, cache, mask: torch.Tensor, copies: int, room: int):
+    def __init__(self, cache: Cache, mask: torch.Tensor, copies: int, room: int):
         self.length = mask.shape[1]
         self.layers = []
         for layer in cache.layers:

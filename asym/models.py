@@ -305,8 +305,9 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def all_weights(folder: Path | str, **kind: Any) -> PreTrainedModel:
-    """The model saved in a folder. Raises ParamsError if weights are missing there, which would else be random ones."""
-    model, found = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **kind)
+    """The model saved in a folder. Raises ParamsError if it cannot be read or lacks weights, else random ones."""
+    with _readable(Path(folder)):
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **kind)
     if missing := sorted(found["missing_keys"]):
         few = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
         raise ParamsError(f"{folder}: its files lack {len(missing)} of the model's weights: {few}")

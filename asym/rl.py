@@ -55,9 +55,10 @@ HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves no
 class RolloutTrainer(Resumable, GRPOTrainer):
     """TRL's `GRPOTrainer`, faster, with every rollout and its rewards kept in `<rollouts>/<step>-<process>.parquet`.
 
-    Rollouts come from `decode`, which encodes the prompt of a group once; so does the update on a CPU, where rows
-    without an advantage need no gradients. Models that `decode` does not know, other ways of sampling than by a
-    temperature, other generation back ends and sharded weights take TRL's own way.
+    Rollouts come from `decode`, which encodes the prompt of a group once. Models that it does not know, other ways of
+    sampling than by a temperature, other generation back ends and sharded weights take TRL's own way. On a CPU, in one
+    process, where no activations are recomputed, their log-probabilities come from `log_probs`, which encodes a prompt
+    once, too; and rows without an advantage pass without gradients.
 
     Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit;
     `written_at_once`, how many rollouts are written together, in whole groups.
@@ -66,7 +67,9 @@ class RolloutTrainer(Resumable, GRPOTrainer):
     rollouts: Path
     arm = "outcome"
     written_at_once = 256
-    _sharing: tuple[torch.Tensor, torch.Tensor] | None = None  # while a loss is computed: prompt of each row, who moves
+    _sharing: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # of a step that `log_probs` scores: prompt of each row, who moves
+    )
 
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
@@ -109,32 +112,37 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         model.train()
         return completions, None
 
-    def _compute_loss(self, model, inputs):
-        prompt = inputs.pop("prompt")
-        # Each pass must go through the wrapper that joins gradients, and layers that recompute keep no keys and values
+    @property
+    def _shares(self) -> bool:
+        """Whether `log_probs` may score the rollouts of a step."""
+        # Else each pass must go through the wrapper that joins gradients; layers that recompute keep no keys and values
         alone = self.accelerator.num_processes == 1 and not self.args.activation_checkpointing
-        on_cpu = alone and known(self.model) and prompt.device.type == "cpu"
-        if on_cpu and inputs.get("num_images") == [1] * len(prompt):
-            # Without a KL term, rows whose advantage is 0 move nothing; one is kept, or a step might have no gradient
-            moving = (inputs["advantages"].view(len(prompt), -1) != 0).any(1) | (self.beta != 0)
-            moving[0] |= ~moving.any()
-            self._sharing = prompt, moving
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._sharing = None
+        plain = alone and known(self.model) and not self.aux_loss_enabled
+        return plain and self.model.training and self.accelerator.device.type == "cpu"
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._sharing is None:
+    def _compute_loss(self, model, inputs):
+        if self._shares:
+            # Without a KL term, rows whose advantage is 0 move nothing; one is kept, or a step might have no gradient
+            moving = (inputs["advantages"].view(len(inputs["prompt"]), -1) != 0).any(1) | (self.beta != 0)
+            moving[0] |= ~moving.any()
+            self._sharing = inputs["prompt"], moving
+        loss = super()._compute_loss(model, inputs)
+        self._sharing = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, num_images=None, **kwargs
+    ):
+        if self._sharing is None or num_images != [1] * len(input_ids):
             score = super()._get_per_token_logps_and_entropies
-            return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            return score(model, input_ids, attention_mask, logits_to_keep, *args, num_images=num_images, **kwargs)
         (prompt, moving), width = self._sharing, input_ids.shape[1] - logits_to_keep
         distinct, prompt = prompt.unique(return_inverse=True)
-        first = (prompt == torch.arange(len(distinct), device=prompt.device)[:, None]).int().argmax(1)
+        one_of_each = (prompt == torch.arange(len(distinct), device=prompt.device)[:, None]).int().argmax(1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         rows = prompt, input_ids[:, width:], attention_mask[:, width:].sum(1), moving
-        return *log_probs(model, models.take(inputs, first, width), *rows, self.temperature), None
+        return *log_probs(model, models.take(inputs, one_of_each, width), *rows, self.temperature), None
 
     def _calculate_rewards(self, *args):
         self._rewards = super()._calculate_rewards(*args)  # (B, rewards), of all processes
@@ -158,12 +166,15 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         return credit.routed(seen, *paid)
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        prompt = torch.arange(len(inputs), device=self.accelerator.device) // self.num_generations
+        if self._shares:
+            self._sharing = prompt, torch.zeros_like(prompt, dtype=torch.bool)  # of a reference, no gradients
+        output = super()._generate_and_score_completions(inputs) | {"prompt": prompt}
+        self._sharing = None
         if re.fullmatch(CREDITS, self.arm):
             output["advantages"] = self._token_advantages(output)
         advantages = output["advantages"].view(len(inputs), -1)  # (B, 1) or (B, T)
         ours = self._ours(inputs)
-        output["prompt"] = torch.arange(len(inputs), device=advantages.device) // self.num_generations
         last = (output["completion_mask"].sum(1) - 1).clamp(0, advantages.shape[1] - 1)
         table = pd.DataFrame(
             {

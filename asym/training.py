@@ -22,7 +22,7 @@ TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this 
     "activation_checkpointing": False,
     "bf16": False,  # weights have the number format of the study, `dtype`; nothing is cast on the way
     "remove_unused_columns": False,
-    "ddp_broadcast_buffers": False,  # none changes; and processes may pass a batch in different numbers of parts
+    "ddp_broadcast_buffers": False,  # none changes
     "dataloader_pin_memory": False,
     "report_to": "none",
     "disable_tqdm": True,

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from asym import decode as decoding
 from asym import models
 from asym.data import load_split
-from asym.decode import complete, decode
+from asym.decode import complete, decode, log_probs
 
 
 def generate(vlm, rows, **settings) -> list[str]:
@@ -172,6 +172,37 @@ def test_second_tokens_follow_the_first(vlm, rows):
     likelihood = logp.gather(-1, drawn[..., None])[..., 0]
     surprise = likelihood + torch.special.entr(logp.exp()).sum(-1)  # of mean zero if drawn from the model
     assert abs(surprise.mean(0) / (surprise.std(0) / n**0.5)).max() < 3.5
+
+
+def test_log_probabilities_are_those_of_a_plain_pass(vlm, rows, monkeypatch):
+    """Of prompts of unequal length and completions of any, with gradients where they are asked for."""
+    model, processor = vlm
+    texts = [models.chat(processor, query, True) for query in ("Why?", rows["query"][0])]
+    images, side = rows["image"][:2], processor.tokenizer.padding_side
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    processor.tokenizer.padding_side = side
+    assert not inputs["attention_mask"].all()
+    prompt, lengths = torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([4, 7, 1, 0, 3, 1])
+    moving = torch.tensor([True, False, True, True, True, False])
+    generator = torch.Generator().manual_seed(0)
+    completions = torch.randint(20, 60, (6, 7), generator=generator) * (torch.arange(7) < lengths[:, None])
+    monkeypatch.setattr(models, "TOGETHER", 8)
+    found, entropies = log_probs(model, dict(inputs), prompt, completions, lengths, moving, temperature=0.7)
+    for row, length in enumerate(lengths.tolist()):
+        alone = processor(text=[texts[prompt[row]]], images=[images[prompt[row]]], return_tensors="pt")
+        alone["input_ids"] = torch.cat([alone["input_ids"], completions[row : row + 1, :length]], 1)
+        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+            if name in alone:  # InternVL's processor returns no types
+                alone[name] = torch.cat([alone[name], torch.full((1, length), value)], 1)
+        scores = (model(**alone).logits[0, -length - 1 : -1] / 0.7).log_softmax(-1)
+        expected = scores.gather(1, completions[row, :length, None])[:, 0]
+        torch.testing.assert_close(found[row, :length], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(entropies[row, :length], -(scores.exp() * scores).sum(-1), rtol=1e-4, atol=1e-5)
+        assert not found[row, length:].any()
+        weights = model.get_output_embeddings().weight
+        grads = [torch.autograd.grad(each.sum(), weights, retain_graph=True)[0] for each in (found[row], expected)]
+        torch.testing.assert_close(grads[0], grads[1] * moving[row], rtol=1e-3, atol=1e-4)
 
 
 def test_attention_that_takes_no_boolean_mask_is_not_known(vlm, rows):

@@ -12,9 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from asym import models
-from asym.params import ParamsError
 from asym.runs import repo_root
-from asym.training import share
 
 STUDY = {
     **{"hidden_size": 32, "vision_hidden_size": 16, "vision_layers": 1, "image_size": 32, "threads": 1},
@@ -76,10 +74,3 @@ def test_the_launcher_reads_the_files_for_it(path):
     config = load_config_from_file(str(path))
     assert config.distributed_type.value.lower() == path.stem
     assert config.num_processes == 8
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
-    monkeypatch.setattr("asym.training.PartialState", lambda: type("State", (), {"num_processes": 3}))
-    assert share(6) == 2
-    with pytest.raises(ParamsError, match="a batch of 8 must be a multiple of the 3 processes"):
-        share(8)

@@ -223,40 +223,46 @@ def test_a_step_of_the_released_studies_is_the_same_on_any_number_of_gpus(path, 
     assert share(p.sft_batch) * processes == p.sft_batch
 
 
-@pytest.mark.parametrize("moving", [1, -1])  # which prompt's rollouts have an advantage: the second's, none
+SEEING = ["language", "projector", "vision"]
+
+
 @pytest.mark.parametrize(
-    ("family", "parts", "lora_rank"),
+    ("changes", "moving"),
     [
-        ("qwen3_vl", ["language"], 0),
-        ("internvl", ["language", "projector", "vision"], 0),
-        ("qwen3_vl", ["language"], 2),
+        ({"rl_temperature": 0.7}, 1),  # of two prompts, the second's rollouts have an advantage; then none
+        ({}, -1),
+        ({"rl_accumulation": 2, "trained_parts": SEEING}, 1),
+        ({"lora_rank": 2}, 1),
+        ({"family": "internvl", "trained_parts": SEEING}, 1),
     ],
 )
-def test_an_update_that_encodes_prompts_once_is_the_stock_one(
-    tiny, bases, root, script, monkeypatch, family, parts, lora_rank, moving
-):
+def test_an_update_that_encodes_prompts_once_is_the_stock_one(tiny, bases, root, script, monkeypatch, changes, moving):
     """The loss, its gradients and the entropies, also where rollouts have no advantage and thus need no gradient."""
     ours, stock, compared = rl.RolloutTrainer._compute_loss, GRPOTrainer._compute_loss, []
+    generator = torch.Generator().manual_seed(0)
 
     def both(self, model, inputs):
-        generator = torch.Generator().manual_seed(0)
         inputs["advantages"] = torch.randn(len(inputs["prompt"]), generator=generator) * (inputs["prompt"] == moving)
         weights = [q for q in model.parameters() if q.requires_grad]
-        found = []
         for way in (ours, stock):
-            loss = way(self, model, dict(inputs))
-            found.append([loss.detach(), *torch.autograd.grad(loss, weights), self._metrics["train"]["entropy"][-1]])
-        compared.append(found)
+            loss = way(self, model, inputs)
+            grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            compared.append([loss.detach(), *grads, self._metrics["train"]["entropy"][-1]])
         return ours(self, model, inputs)
 
     monkeypatch.setattr(models, "TOGETHER", 200)
     monkeypatch.setattr(rl.RolloutTrainer, "_compute_loss", both)
-    p = tiny(max_new_tokens=400, family=family, trained_parts=parts, lora_rank=lora_rank)
-    script([text[: 40 * k + 20] for k, text in enumerate(mixed_responses(p, "sudoku"))])
-    train_arm(p, bases(family), "sudoku", "outcome", 0)
-    ((found, expected),) = compared
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert any(grad.any() for grad in found[1:-1]) == (moving == 1)
+    monkeypatch.setattr(rl, "log_probs", recorded := Recorder(rl.log_probs))
+    p = tiny(max_new_tokens=400, **changes)
+    script([text[: 40 * k] for k, text in enumerate(mixed_responses(p, "sudoku"))])
+    train_arm(p, bases(p.family), "sudoku", "outcome", 0)
+    assert len(recorded.calls) == 2 * p.rl_accumulation  # for each pass, once to compare, once to train on
+    asked = [args for args, _ in recorded.calls[::2]]
+    assert sum(len(prompt) for _, _, prompt, *_ in asked) == 8
+    assert sum(int(moves.sum()) for *_, moves, _ in asked) == (4 if moving == 1 else 1)
+    for found, expected in zip(compared[::2], compared[1::2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert any(grad.any() for found in compared for grad in found[1:-1]) == (moving == 1)
 
 
 def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monkeypatch):
@@ -268,9 +274,11 @@ def test_a_model_unknown_to_decode_trains_the_stock_way(tiny, start, root, monke
     pd.testing.assert_frame_equal(rollouts[NAMES].astype(float), recomputed(tiny(), "sudoku", rollouts))
 
 
-def test_an_adapter_trains_with_a_penalty(tiny, start, root):
+def test_an_adapter_trains_with_a_penalty(tiny, start, root, monkeypatch):
+    monkeypatch.setattr(rl, "log_probs", recorded := Recorder(rl.log_probs))
     run = train_arm(tiny(max_new_tokens=12, lora_rank=2, rl_beta=0.1), start, "sudoku", "outcome", 0)
-    assert run.metrics()["kl"].notna().all()
+    assert run.metrics()["kl"].abs().max() < 1e-6  # the first step begins at the reference
+    assert len(recorded.calls) == 2  # of the reference, and of the policy
     assert (run.checkpoint / "adapter_config.json").exists()
 
 
