@@ -171,41 +171,6 @@ def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bo
     return _name(fig, ends)
 
 
-def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
-    """a (top), a_p and a_r (below) over the weight λ of perception, a column per task, with 95 % intervals.
-
-    Args:
-        table: of `stats.measures`, in points.
-        weights: mean λ of training, by (task, arm). Token averaging and the fixed weights make the line; arms that set
-            λ themselves stand at their mean, hollow and named.
-    """
-    fig, axes = panels(["a", "halves"], tasks_of(table), 8, 4, sharex=True, sharey=True)
-    for (row, task), ax in axes.items():
-        here = table[(table.task == task) & table.arm.isin(weights[task].index)]
-        here = here.assign(weight=here.arm.map(weights[task])).sort_values("weight")
-        on_line = (here.arm == "token_averaged") | here.arm.str.startswith("lambda_")
-        for measure in ["a"] if row == "a" else ["a_p", "a_r"]:
-            label, color = BARS[measure]
-            for part, style in ((here[on_line], "o-"), (here[~on_line], "D")):
-                part = part[part.measure == measure]
-                error = [part.estimate - part.low, part.high - part.estimate]
-                filled = {} if style == "o-" else {"mfc": "white", "ms": 10}
-                ax.errorbar(part.weight, part.estimate, error, fmt=style, color=color, label=label, capsize=3, **filled)
-        if row == "a":
-            for arm in here[~on_line & (here.measure == "a")].itertuples():
-                ax.annotate(
-                    display(arm.arm), (arm.weight, arm.high), (0, 6), textcoords="offset points", ha="center", size=13
-                )
-            ax.set_title(TASKS.get(task, task))
-        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, 105), xlim=(0, 1))
-    axes["a", tasks_of(table)[0]].set_ylabel("end to end (points)")
-    axes["halves", tasks_of(table)[0]].set_ylabel("halves (points)")
-    lines = [Line2D([], [], color=color, marker="o", label=label) for label, color in BARS.values()]
-    fig.legend(handles=lines, ncols=3, frameon=False, loc="outside lower center")
-    fig.suptitle(f"What the weight buys ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
-    return fig
-
-
 def lambda_path(metrics: pd.DataFrame) -> Figure:
     """λ_t, gradient norms of both segments and their cosine against the step, a column per task.
 

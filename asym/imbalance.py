@@ -74,23 +74,23 @@ def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: in
 
 # ---- dose and response -----------------------------------------------------------------------------------------------
 
-AXES = {
-    "length": ("verbosity",),
-    "entropy": ("variation",),
-    "difficulty": ("difficulty_sudoku", "difficulty_graph_coloring"),
-}
+AXES = {"length": "verbosity", "entropy": "variation", "difficulty": "difficulty"}  # what each axis turns
 SHARES = ("token_share", "loss_share", "gradient_share")
 
 
-def doses(p: Params) -> dict[tuple[str, float], Params]:
-    """The study at other levels of one knob, by (axis, level): how long, how free, how hard to see."""
-    levels = {"length": p.dose_verbosity, "entropy": p.dose_variation, "difficulty": p.dose_difficulty}
+def doses(p: Params, task: str) -> dict[tuple[str, float], Params]:
+    """The study of a task at several levels of one knob, by (axis, level): how long, how free, how hard to see.
+
+    The study's own level is one of every axis that has any.
+    """
     found = {}
-    for axis, level in [(axis, level) for axis, values in levels.items() for level in values]:
-        changed = dict.fromkeys(AXES[axis], level)
-        if axis == "length" and level > p.verbosity:  # a longer response needs more room
-            changed["max_new_tokens"] = p.max_new_tokens * (1 + level) // (1 + p.verbosity)
-        found[axis, level] = p.model_copy(update=changed)
+    for axis, knob in AXES.items():
+        asked, name = getattr(p, f"dose_{knob}"), f"difficulty_{task}" if axis == "difficulty" else knob
+        for level in sorted({*asked, getattr(p, name)}) if asked else []:
+            changed = {name: level}
+            if axis == "length" and level > p.verbosity:  # a longer response needs more room
+                changed["max_new_tokens"] = p.max_new_tokens * (1 + level) // (1 + p.verbosity)
+            found[axis, level] = p.model_copy(update=changed)
     return found
 
 
@@ -106,19 +106,22 @@ def path_shares(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
-    """Gap and gain at every dose, beside perception's mean shares along token-averaged training.
+    """Gap, lag and gain at every dose, beside perception's mean shares along token-averaged training.
 
     Args:
-        rows: responses of the arms token_averaged and ngdiff with the columns axis and level besides their own.
+        rows: responses of the arms token_averaged and ngdiff with the columns axis, level and own (whether it is the
+            study's own level) besides theirs.
         metrics: what token-averaged training logged, with task, axis and level.
 
     Returns:
-        Columns task, family, axis, level, response, estimate, low, high (points), n, seeds, and the three shares.
-        Responses are "gap" (a_r − a_p of token-averaged SFT), "gain" (of NGDiff over it in a) and of either arm a_p,
-        a_r, a and parse_failure, as "ngdiff a_p". Failures tell a gap from responses that a high dose cut off.
+        Columns task, family, axis, level, own, response, estimate, low, high (points), n, seeds, and the three shares.
+        Responses are "gap" (a_r − a_p of token-averaged SFT), "lag" and "gain" (of NGDiff over it in a_p and in a) and
+        of either arm a_p, a_r, a and parse_failure, as "ngdiff a_p". A gap can close because reasoning fails, a lag
+        cannot; failures tell either from responses that a high dose cut off.
     """
     shares = path_shares(metrics).groupby(["task", "axis", "level"])[list(SHARES)].mean()
     kinds = {"gap": {("token_averaged", "a_r"): 1, ("token_averaged", "a_p"): -1}}
+    kinds |= {"lag": {("ngdiff", "a_p"): 1, ("token_averaged", "a_p"): -1}}
     kinds |= {"gain": {("ngdiff", "a"): 1, ("token_averaged", "a"): -1}}
     kinds |= {
         f"{arm} {measure}": {(arm, measure): 1}
@@ -126,9 +129,33 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
         for measure in ("a_p", "a_r", "a", "parse_failure")
     }
     records = []
-    for (task, family, axis, level), part in rows.groupby(["task", "family", "axis", "level"], sort=False):
-        about = {"task": task, "family": family, "axis": axis, "level": level}
+    for (task, family, axis, level, own), part in rows.groupby(["task", "family", "axis", "level", "own"], sort=False):
+        about = {"task": task, "family": family, "axis": axis, "level": level, "own": own}
         for response, weights in kinds.items():
             estimate = stats.contrast(part, weights, resamples)
             records.append(about | {"response": response} | asdict(estimate) | shares.loc[task, axis, level].to_dict())
+    return pd.DataFrame(records)
+
+
+def distinct(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `dose_response` with the study's own dose once for each task, not on every axis."""
+    return table[~(table.own & table.duplicated(["task", "own", "response"]))]
+
+
+def share_predicts_lag(table: pd.DataFrame) -> pd.DataFrame:
+    """Does a smaller share go with a larger lag? Spearman's ρ over the doses of `distinct`.
+
+    Once over the doses that change the balance of the text (length and entropy), once over all: what is hard to see
+    lags for another reason.
+
+    Returns:
+        Columns task, share, over ("text" or "all"), rho, p (one-sided, of a ρ as low as this by chance), doses.
+    """
+    records = []
+    for task, part in table[table.response == "lag"].groupby("task", sort=False):
+        for over, chosen in (("text", part[part.own | (part.axis != "difficulty")]), ("all", part)):
+            for share in SHARES:
+                rho, chance = stats.rank_agreement(-chosen[share], chosen.estimate)
+                record = {"task": task, "share": share, "over": over, "rho": -rho, "p": chance, "doses": len(chosen)}
+                records.append(record)
     return pd.DataFrame(records)

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -18,26 +19,32 @@ DOSES = {"length": "verifications of the solution", "entropy": "freedom of the t
 DOSES["difficulty"] = "difficulty of the drawing"
 
 
-def dose_response(table: pd.DataFrame) -> Figure:
-    """a_p and a_r (points) over the dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
+def points(ax: Axes, table: pd.DataFrame, x, style: str, color, **options) -> None:
+    """Estimates with their intervals at the places `x`."""
+    error = [table.estimate - table.low, table.high - table.estimate]
+    ax.errorbar(x, table.estimate, error, fmt=style, color=color, capsize=3, **options)
 
-    From the table of `imbalance.dose_response`.
+
+def sized(title: str, table: pd.DataFrame) -> str:
+    """A title with the problems and seeds that a table rests on."""
+    return f"{title} ({figures.counted(table.n.max(), 'problem')}, {figures.counted(table.seeds.max(), 'seed')})"
+
+
+def dose_response(table: pd.DataFrame) -> Figure:
+    """a_p and a_r (points) at every dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
+
+    From the table of `imbalance.dose_response`; the doses of an axis stand at equal distances.
     """
-    axes_of = list(dict.fromkeys(table.axis))
-    fig, axes = figures.panels(figures.tasks_of(table), axes_of, 6, 4, sharex="col", sharey=True)
-    for (task, axis), ax in axes.items():
-        part = table[(table.task == task) & (table.axis == axis)].sort_values("level")
-        for arm, style in (("token_averaged", "o-"), ("ngdiff", "D--")):
-            for measure in ("a_p", "a_r"):
-                line = part[part.response == f"{arm} {measure}"]
-                error = [line.estimate - line.low, line.high - line.estimate]
-                ax.errorbar(line.level, line.estimate, error, fmt=style, color=figures.BARS[measure][1], capsize=3)
-        ax.set(title=f"{figures.TASKS.get(task, task)}, {axis}", ylim=(0, 105), xticks=sorted(part.level.unique()))
-        ax.set_xlabel(DOSES[axis] if task == figures.tasks_of(table)[-1] else "")
-        ax.set_ylabel("accuracy (points)" if axis == axes_of[0] else "")
-    fig.suptitle(
-        f"Dose and response ({figures.counted(table.n.max(), 'problem')}, {figures.counted(table.seeds.max(), 'seed')})"
-    )
+    arms = {"token_averaged": ("o-", -0.06), "ngdiff": ("D--", 0.06)}  # a little apart, so that neither hides
+    lines = {
+        f"{arm} {measure}": (style, figures.BARS[measure][1], shift)
+        for arm, (style, shift) in arms.items()
+        for measure in ("a_p", "a_r")
+    }
+    fig, axes = _doses(table, lines, "accuracy (points)")
+    for ax in axes:
+        ax.set_ylim(0, 105)
+    fig.suptitle(sized("Dose and response", table))
     keys = [Line2D([], [], color=figures.BARS[m][1], lw=4, label=figures.BARS[m][0]) for m in ("a_p", "a_r")]
     keys += [Line2D([], [], color="black", marker="o", label=figures.display("token_averaged"))]
     keys += [Line2D([], [], color="black", marker="D", ls="--", label=figures.display("ngdiff"))]
@@ -45,57 +52,139 @@ def dose_response(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def dose_map(table: pd.DataFrame) -> Figure:
-    """Where imbalance bites: gap and gain (points) of every dose as a heat map, a column per task.
+RESPONSES = {
+    "gap": ("gap of token-averaged: a_r − a_p", "s:", figures.QUIET),
+    "lag": ("lag: NGDiff − token-averaged in a_p", "o-", figures.PERCEPTION),
+    "gain": ("gain: the same in a", "D--", figures.END_TO_END),
+}
 
-    A star marks those whose interval excludes zero.
+
+def dose_gains(table: pd.DataFrame) -> Figure:
+    """Gap, lag and gain (points) at every dose: a row per task, a column per axis, as in `dose_response`."""
+    lines = {name: (style, color, 0.1 * (i - 1)) for i, (name, (_, style, color)) in enumerate(RESPONSES.items())}
+    fig, axes = _doses(table, lines, "points")
+    for ax in axes:
+        ax.axhline(0, color="black", lw=1)
+    fig.suptitle(sized("What imbalance costs, and what balance gains", table))
+    keys = [Line2D([], [], color=c, marker=s[0], ls=s[1:], label=label) for label, s, c in RESPONSES.values()]
+    fig.legend(handles=keys, frameon=False, loc="outside lower center")
+    return fig
+
+
+def _doses(table: pd.DataFrame, lines: dict, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """`lines`: response -> (style, colour, shift); the study's own dose is named under its level."""
+    axes_of, tasks = list(dict.fromkeys(table.axis)), figures.tasks_of(table)
+    fig, axes = figures.panels(tasks, axes_of, 4.8, 3.8, sharey=True)
+    for (task, axis), ax in axes.items():
+        part = table[(table.task == task) & (table.axis == axis)].sort_values("level")
+        levels = part.drop_duplicates("level")
+        for response, (style, color, shift) in lines.items():
+            points(ax, part[part.response == response], np.arange(len(levels)) + shift, style, color)
+        names = [f"{dose.level:g}" + "\nstudy" * dose.own for dose in levels.itertuples()]
+        ax.set_xticks(range(len(levels)), names)
+        ax.set(title=figures.TASKS.get(task, task), xlabel=DOSES[axis] if task == tasks[-1] else "")
+        ax.set_ylabel(ylabel if axis == axes_of[0] else "")
+    return fig, list(axes.values())
+
+
+def dose_map(table: pd.DataFrame) -> Figure:
+    """Where imbalance bites: gap, lag and gain (points) of every dose as a heat map, a column per task.
+
+    From the table of `imbalance.distinct`. A star marks those whose interval excludes zero. The study's own dose stands
+    on top.
     """
-    responses = {"gap": "gap of token-averaged: a_r − a_p", "gain": "gain of NGDiff in a"}
-    doses = table.axis + " " + table.level.map("{:g}".format)
-    table = table.assign(dose=pd.Categorical(doses, list(dict.fromkeys(doses))))
-    fig, axes = figures.panels([""], list(responses), 7, 0.55 * doses.nunique() + 1, sharey=True)
-    shown = table[table.response.isin(responses)]
+    shown = table[table.response.isin(RESPONSES)]
+    doses = np.where(shown.own, "the study's", shown.axis + " " + shown.level.map("{:g}".format))
+    shown = shown.assign(dose=doses, axis=shown.axis.where(~shown.own, "")).sort_values(
+        "own", ascending=False, kind="stable"
+    )
+    shown = shown.assign(dose=pd.Categorical(shown.dose, list(dict.fromkeys(shown.dose))))
     star = np.where((shown.low > 0) | (shown.high < 0), "*", "")
     shown = shown.assign(text=shown.estimate.map("{:+.0f}".format) + star)
     limit = max(shown.estimate.abs().max(), 1)
+    borders = np.flatnonzero(np.diff(pd.factorize(shown.drop_duplicates("dose").axis)[0])) + 1
+    fig, axes = figures.panels([""], list(RESPONSES), 5.2, 0.55 * shown.dose.nunique() + 1, sharey=True)
     for (_, response), ax in axes.items():
         part = shown[shown.response == response].set_index(["dose", "task"])
         grid, text = (part[each].unstack()[figures.tasks_of(table)] for each in ("estimate", "text"))
         grid = grid.rename(columns=figures.TASKS)
         sns.heatmap(grid, vmin=-limit, vmax=limit, cmap="vlag", annot=text, fmt="", cbar=False, ax=ax)
-        ax.set(title=responses[response], xlabel="", ylabel="")
+        ax.hlines(borders, *ax.get_xlim(), color="black", lw=1.5)
+        ax.set(title=RESPONSES[response][0].replace(": ", ":\n"), xlabel="", ylabel="")
         ax.tick_params(axis="y", rotation=0)
     fig.suptitle("Where imbalance bites (points; * interval excludes zero)")
     return fig
 
 
-def share_predicts_gap(table: pd.DataFrame) -> Figure:
-    """The gap of token-averaged SFT over perception's share of tokens, loss and gradient (%): a dot per dose and task.
+def share_predicts_lag(table: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
+    """The lag (points) over perception's share of tokens, loss and gradient (%): a dot per dose, a row per task.
 
-    Titles give Spearman's ρ over the dots of each task: what sets its level differs between them.
+    From the tables of `imbalance.distinct` and `imbalance.share_predicts_lag`, whose ρ stand in the titles. Doses that
+    change the drawings and not the text are hollow.
     """
-    gaps = table[table.response == "gap"]
+    lags = table[table.response == "lag"]
     shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
-    fig, axes = figures.panels([""], list(shares), 5.5, 4.5, sharey=True)
-    marks = dict(zip(figures.tasks_of(table), "os", strict=False))
-    for (_, share), ax in axes.items():
-        rho = {}
-        for task, mark in marks.items():
-            part = gaps[gaps.task == task]
-            rho[figures.TASKS.get(task, task)] = part[share].corr(part.estimate, method="spearman")
-            ax.plot(
-                100 * part[share],
-                part.estimate,
-                mark,
-                color=figures.END_TO_END,
-                ms=10,
-                label=figures.TASKS.get(task, task),
-            )
+    fig, axes = figures.panels(figures.tasks_of(table), list(shares), 4.8, 4.2, sharex="col", sharey="row")
+    marks = {axis: mark for axis, mark in zip(DOSES, "os^", strict=True) if axis in set(lags.axis[~lags.own])}
+    for (task, share), ax in axes.items():
+        of_task = lags[lags.task == task]
+        parts = {"the study's own dose": (of_task[of_task.own], "*")}
+        parts |= {axis: (of_task[~of_task.own & (of_task.axis == axis)], mark) for axis, mark in marks.items()}
+        for label, (part, mark) in parts.items():
+            hollow = {"mfc": "none"} if label == "difficulty" else {}
+            color, size = figures.PERCEPTION, 18 if mark == "*" else 11
+            points(ax, part, 100 * part[share], mark, color, ms=size, mew=2, label=label, **hollow)
+        rho = agreement[(agreement.task == task) & (agreement.share == share)].set_index("over").rho
+        ax.set_title(f"{figures.TASKS.get(task, task)}\nρ = {rho['text']:.2f} (all doses {rho['all']:.2f})", size=15)
         ax.axhline(0, color=figures.QUIET, lw=1)
-        title = "\n".join(f"{task}: ρ = {value:.2f}" for task, value in rho.items())
-        ax.set(title=title, xlabel=f"perception's share of {shares[share]} (%)")
-    axes["", "token_share"].set_ylabel("gap a_r − a_p (points)")
-    fig.legend(*ax.get_legend_handles_labels(), ncols=2, frameon=False, loc="outside lower center")
+        ax.set_xlabel(f"share of {shares[share]} (%)" if task == figures.tasks_of(table)[-1] else "")
+        ax.set_ylabel("lag in a_p (points)" if share == "token_share" else "")
+    fig.suptitle(sized("Does a smaller share mean a larger lag?", table))
+    fig.legend(*ax.get_legend_handles_labels(), ncols=4, frameon=False, loc="outside lower center")
+    return fig
+
+
+def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
+    """a (top), a_p and a_r (below) over the weight λ of perception, a column per task, with 95 % intervals.
+
+    Args:
+        table: of `stats.measures`, in points.
+        weights: mean λ of training, by (task, arm). Token averaging and the fixed weights make the line; arms that set
+            λ themselves stand at their mean, hollow and named.
+    """
+    fig, axes = figures.panels(["a", "halves"], figures.tasks_of(table), 8, 4, sharex=True, sharey=True)
+    for (row, task), ax in axes.items():
+        here = table[(table.task == task) & table.arm.isin(weights[task].index)]
+        here = here.assign(weight=here.arm.map(weights[task])).sort_values("weight")
+        on_line = (here.arm == "token_averaged") | here.arm.str.startswith("lambda_")
+        for measure in ["a"] if row == "a" else ["a_p", "a_r"]:
+            color = figures.BARS[measure][1]
+            line, alone = (part[part.measure == measure] for part in (here[on_line], here[~on_line]))
+            points(ax, line, line.weight, "o-", color)
+            points(ax, alone, alone.weight, "D", color, mfc="none", mew=2, ms=13, zorder=3)
+        if row == "a":
+            averaged = here.arm == "token_averaged"
+            for arm in here[(~on_line | averaged) & (here.measure == "a")].itertuples():
+                below, lower = (0, -8), arm.arm == "token_averaged"
+                place, offset = (arm.low, below) if lower else (arm.high, (0, 8))
+                sides = {"ha": "left" if lower else "center", "va": "top" if lower else "bottom"}
+                ax.annotate(
+                    figures.display(arm.arm),
+                    (arm.weight, place),
+                    offset,
+                    textcoords="offset points",
+                    size=13,
+                    bbox={"fc": "white", "ec": "none", "pad": 1},  # the line passes behind names
+                    **sides,
+                )
+            ax.set_title(figures.TASKS.get(task, task))
+        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, 105), xlim=(0, 1))
+    axes["a", figures.tasks_of(table)[0]].set_ylabel("end to end (points)")
+    axes["halves", figures.tasks_of(table)[0]].set_ylabel("halves (points)")
+    keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in figures.BARS.values()]
+    keys += [Line2D([], [], color="black", marker="D", mfc="none", mew=2, ls="", label="sets λ itself (mean)")]
+    fig.legend(handles=keys, ncols=4, frameon=False, loc="outside lower center")
+    fig.suptitle(sized("What the weight buys", table))
     return fig
 
 
@@ -113,17 +202,15 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
             here = here.assign(weight=here.arm.map(weight)).sort_values("weight")
             for measure, (_, color) in figures.BARS.items():
                 line = here[here.measure == measure]
-                error = [line.estimate - line.low, line.high - line.estimate]
                 if line.weight.nunique() > 1:
-                    ax.errorbar(line.weight, line.estimate, error, fmt=style, color=color, capsize=3)
+                    points(ax, line, line.weight, style, color)
         ax.set(title=figures.TASKS.get(task, task), xlabel="weight of perception α", xlim=(-0.05, 1.05), ylim=(0, 105))
     axes["", figures.tasks_of(table)[0]].set_ylabel("accuracy (points)")
     keys = [Line2D([], [], color=color, lw=4, label=label) for label, color in figures.BARS.values()]
     keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
     keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
-    counts = (figures.counted(table.n.max(), "problem"), figures.counted(table.seeds.max(), "seed"))
-    fig.suptitle(f"What α buys ({', '.join(counts)})")
+    fig.suptitle(sized("What α buys", table))
     return fig
 
 

@@ -31,22 +31,6 @@ def line(ax, color):
     return next(drawn for drawn in ax.lines if same_color(drawn.get_color(), color))
 
 
-def test_the_frontier_puts_every_arm_at_its_weight():
-    table = stats.measures(evaluated())
-    weights = {"token_averaged": 0.1, "lambda_0.5": 0.5, "ngdiff": 0.3}
-    weights = pd.Series({(task, arm): weight for task in TASKS for arm, weight in weights.items()})
-    fig = figures.frontier(table, weights)
-    top, bottom = fig.axes[0], fig.axes[2]
-    assert [ax.get_title() for ax in fig.axes[:2]] == ["Sudoku", "Graph Coloring"]
-    swept = top.lines[0].get_xydata()
-    points = table[(table.task == "sudoku") & (table.measure == "a")].set_index("arm").estimate
-    assert swept.tolist() == [[0.1, points["token_averaged"]], [0.5, points["lambda_0.5"]]]
-    assert {tuple(xy) for drawn in top.lines for xy in drawn.get_xydata()} >= {(0.3, points["ngdiff"])}
-    assert texts(top) == ["NGDiff"]
-    assert line(bottom, figures.PERCEPTION).get_xdata().tolist() == [0.1, 0.5]
-    assert bottom.get_xlabel() == "weight of perception λ"
-
-
 def test_accuracy_curves_have_a_line_per_measure():
     curves = metrics(["a_p", "a_r", "a"], ["ngdiff", "token_averaged"], seeds=(0, 1), steps=3)
     fig = figures.accuracy_curves(curves)

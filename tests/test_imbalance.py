@@ -6,7 +6,7 @@ from synthetic import responses
 
 from asym import models
 from asym.data import load_split
-from asym.imbalance import dose_response, doses, measure_shares
+from asym.imbalance import distinct, dose_response, doses, measure_shares, share_predicts_lag
 from asym.sft import SegmentCollator
 from asym.transcript import PERCEPTION, REASONING
 
@@ -55,33 +55,62 @@ def test_every_checkpoint_sees_the_same_batches(tiny, base, root, rank):
     assert one["gradient_share"].between(0, 1, inclusive="neither").all()
 
 
-def test_doses_turn_one_knob_each(tiny):
-    p = tiny(dose_verbosity=[0, 4], dose_variation=[0.5], dose_difficulty=[0.2])
-    settings = doses(p)
-    assert list(settings) == [("length", 0), ("length", 4), ("entropy", 0.5), ("difficulty", 0.2)]
+def test_doses_turn_one_knob_each_and_hold_the_study_itself(tiny):
+    p = tiny(dose_verbosity=[0, 4], dose_variation=[1.0], dose_difficulty=[0.2], difficulty_sudoku=0.1)
+    settings = doses(p, "sudoku")
+    assert list(settings) == [
+        *(("length", k) for k in (0, 1, 4)),
+        ("entropy", 1),
+        *(("difficulty", k) for k in (0.1, 0.2)),
+    ]
     changed = {dose: {k for k, v in q.model_dump().items() if v != getattr(p, k)} for dose, q in settings.items()}
     assert changed["length", 4] == {"verbosity", "max_new_tokens"}
     assert settings["length", 4].max_new_tokens == p.max_new_tokens * 5 // 2
-    assert changed["entropy", 0.5] == {"variation"}
-    assert changed["difficulty", 0.2] == {"difficulty_sudoku", "difficulty_graph_coloring"}
+    assert changed["difficulty", 0.2] == {"difficulty_sudoku"}
+    assert settings["length", 1] == settings["entropy", 1.0] == settings["difficulty", 0.1] == p
+    assert ("difficulty", 0.5) in doses(p, "graph_coloring")
+    assert doses(tiny(dose_verbosity=[]), "sudoku") == {}
 
 
-def test_dose_response_is_gap_and_gain_beside_the_shares():
+def dosed(rates: dict, level: float, own: bool = False, axis: str = "length") -> tuple[pd.DataFrame, dict]:
+    """Rows of a dose and what one step of token-averaged training logged."""
+    step = {"task": "sudoku", "axis": axis, "level": level, "token_share": 0.2, "loss_perception": 1.0}
+    step |= {"loss_reasoning": 2.0, "grad_norm_perception": 3.0, "grad_norm_reasoning": 1.0}
+    return responses(rates).assign(axis=axis, level=level, own=own), step
+
+
+def test_dose_response_is_gap_lag_and_gain_beside_the_shares():
     """Losses and norms weighed by the tokens' share: 0.2 · 1 against 0.8 · 2, and 0.2 · 3 against 0.8 · 1."""
-    rows = responses({"token_averaged": (0.4, 0.9), "ngdiff": (0.8, 0.9)}).assign(axis="length", level=2.0)
-    about = {"task": "sudoku", "axis": "length", "level": 2.0}
-    step = {"token_share": 0.2, "loss_perception": 1.0, "loss_reasoning": 2.0}
-    step |= {"grad_norm_perception": 3.0, "grad_norm_reasoning": 1.0}
-    table = dose_response(rows, pd.DataFrame([about | step])).set_index("response")
-    assert table.estimate["gap"] == pytest.approx(
-        table.estimate["token_averaged a_r"] - table.estimate["token_averaged a_p"]
-    )
-    assert table.estimate["gain"] == pytest.approx(table.estimate["ngdiff a"] - table.estimate["token_averaged a"])
+    rows, step = dosed({"token_averaged": (0.4, 0.9), "ngdiff": (0.8, 0.9)}, 2.0)
+    table = dose_response(rows, pd.DataFrame([step])).set_index("response")
+    for response, (more, less) in {
+        "gap": ("token_averaged a_r", "token_averaged a_p"),
+        "lag": ("ngdiff a_p", "token_averaged a_p"),
+        "gain": ("ngdiff a", "token_averaged a"),
+    }.items():
+        assert table.estimate[response] == pytest.approx(table.estimate[more] - table.estimate[less])
     assert table.loc["gap", ["token_share", "loss_share", "gradient_share"]].tolist() == pytest.approx(
         [0.2, 1 / 9, 3 / 7]
     )
     assert table.estimate["ngdiff parse_failure"] == 0
     assert table.low["gap"] < table.estimate["gap"] < table.high["gap"]
+
+
+def test_the_share_that_falls_as_the_lag_grows_is_found():
+    """Five doses of length, the study's own among them and once more on another axis."""
+    parts, steps = [], []
+    for level, seen in enumerate((0.8, 0.65, 0.5, 0.35, 0.2)):
+        rows, step = dosed({"token_averaged": (seen, 0.9), "ngdiff": (0.8, 0.9)}, float(level), own=level == 2)
+        parts.append(rows)
+        steps.append(step | {"token_share": 0.3 - 0.05 * level, "loss_perception": [1, 5, 2, 9, 3][level]})
+    parts.append(parts[2].assign(axis="difficulty", level=0.1))
+    steps.append(steps[2] | {"axis": "difficulty", "level": 0.1})
+    table = distinct(dose_response(pd.concat(parts), pd.DataFrame(steps), resamples=20))
+    assert (table.response == "lag").sum() == 5
+    found = share_predicts_lag(table).set_index(["over", "share"])
+    assert found.loc[("text", "token_share"), ["rho", "p", "doses"]].tolist() == pytest.approx([-1, 1 / 120, 5])
+    assert found.rho["text", "loss_share"] > -1
+    assert found.loc["text"].equals(found.loc["all"])
 
 
 def test_the_gradient_share_is_that_of_the_weights_that_are_trained(tiny, base, root):

@@ -1,56 +1,88 @@
 import pandas as pd
 import pytest
 from synthetic import responses
-from test_figures import TASKS, line, texts
+from test_figures import TASKS, evaluated, line, texts
 
 from asym import figures, stats, trends
-from asym.imbalance import dose_response
+from asym.imbalance import distinct, dose_response, share_predicts_lag
 
 pytestmark = pytest.mark.usefixtures("drawing")
 
 
 @pytest.fixture
 def dosed():
-    """Two tasks, two axes with two doses; perception lags the more the higher the dose."""
-    parts = []
-    for task, axis, level in [(t, a, k) for t in TASKS for a in ("length", "entropy") for k in (0.0, 1.0)]:
-        rates = {"token_averaged": (0.8 - 0.5 * level, 0.9), "ngdiff": (0.9, 0.9)}
-        parts.append(responses(rates, problems=40, task=task).assign(axis=axis, level=level))
-    logged = pd.MultiIndex.from_product(
-        [TASKS, ["length", "entropy"], [0.0, 1.0]], names=["task", "axis", "level"]
-    ).to_frame(index=False)
-    logged = logged.assign(token_share=0.2 - 0.1 * logged.level, loss_perception=1.0, loss_reasoning=2.0)
-    return dose_response(pd.concat(parts), logged.assign(grad_norm_perception=1.0, grad_norm_reasoning=1.0))
+    """Two tasks; perception lags the more the longer, a bit on the other axes. Each axis holds the study's own dose."""
+    doses = [("length", 0.0), ("length", 1.0), ("length", 3.0), ("entropy", 0.5), ("entropy", 1.0)]
+    doses += [("difficulty", 0.1), ("difficulty", 0.2)]
+    own, parts, logged = {("length", 1.0), ("entropy", 1.0), ("difficulty", 0.1)}, [], []
+    for task, (axis, level) in [(t, d) for t in TASKS for d in doses]:
+        lag = 0.3 if (axis, level) in own else 0.2 * level
+        rates = {"token_averaged": (0.9 - lag, 0.9), "ngdiff": (0.9, 0.9)}
+        rows = responses(rates, problems=40, task=task)
+        parts.append(rows.assign(axis=axis, level=level, own=(axis, level) in own))
+        share = 0.1 if (axis, level) in own or axis == "difficulty" else 0.2 - 0.05 * level
+        logged.append({"task": task, "axis": axis, "level": level, "token_share": share})
+    logged = pd.DataFrame(logged).assign(loss_perception=1.0, loss_reasoning=2.0, grad_norm_reasoning=1.0)
+    return dose_response(pd.concat(parts), logged.assign(grad_norm_perception=1.0))
 
 
 def test_doses_are_drawn_by_axis_with_the_gap_between_solid_lines(dosed):
     fig = trends.dose_response(dosed)
-    assert [ax.get_title() for ax in fig.axes[:2]] == ["Sudoku, length", "Sudoku, entropy"]
+    assert [ax.get_title() for ax in fig.axes[::3]] == ["Sudoku", "Graph Coloring"]
+    assert [label.get_text() for label in fig.axes[3].get_xticklabels()] == ["0", "1\nstudy", "3"]
     solid = line(fig.axes[0], figures.PERCEPTION)
     found = dosed.set_index(["task", "axis", "response"]).loc["sudoku", "length", "token_averaged a_p"]
-    assert solid.get_xdata().tolist() == [0, 1]
     assert solid.get_ydata().tolist() == found.estimate.tolist()
+    assert [ax.get_xlabel() for ax in fig.axes[3:]] == list(trends.DOSES.values())
 
 
-def test_the_map_of_doses_holds_gap_and_gain(dosed):
-    fig = trends.dose_map(dosed)
+def test_responses_to_a_dose_are_drawn_in_the_same_grid(dosed):
+    fig = trends.dose_gains(dosed)
+    found = dosed[(dosed.task == "graph_coloring") & (dosed.axis == "difficulty")].set_index("response")
+    for color, response in ((figures.QUIET, "gap"), (figures.PERCEPTION, "lag"), (figures.END_TO_END, "gain")):
+        assert line(fig.axes[5], color).get_ydata().tolist() == found.estimate[response].tolist()
+
+
+def test_the_map_of_doses_holds_every_dose_once(dosed):
+    fig = trends.dose_map(distinct(dosed))
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == [
-        *("length 0", "length 1", "entropy 0", "entropy 1")
+        *("the study's", "length 0", "length 3", "entropy 0.5", "difficulty 0.2")
     ]
-    gaps = dosed[(dosed.response == "gap") & (dosed.task == "sudoku")]
+    gaps = distinct(dosed)
+    gaps = gaps[(gaps.response == "gap") & (gaps.task == "sudoku")].sort_values("own", ascending=False, kind="stable")
     expected = [f"{row.estimate:+.0f}" + "*" * (row.low > 0 or row.high < 0) for row in gaps.itertuples()]
     assert texts(fig.axes[0])[::2] == expected
-    assert expected[1].endswith("*")
+    assert expected[0].endswith("*")
 
 
-def test_shares_are_drawn_against_the_gap_with_their_rank_correlation(dosed):
-    fig = trends.share_predicts_gap(dosed)
-    assert [ax.get_xlabel().split(" of ")[1] for ax in fig.axes] == ["tokens (%)", "loss (%)", "gradient (%)"]
-    lines = []
-    for task, name in (("sudoku", "Sudoku"), ("graph_coloring", "Graph Coloring")):
-        gaps = dosed[(dosed.response == "gap") & (dosed.task == task)]
-        lines.append(f"{name}: ρ = {gaps.token_share.corr(gaps.estimate, method='spearman'):.2f}")
-    assert fig.axes[0].get_title() == "\n".join(lines)
+def test_shares_are_drawn_against_the_lag_with_their_rank_correlation(dosed):
+    once = distinct(dosed)
+    agreement = share_predicts_lag(once)
+    fig = trends.share_predicts_lag(once, agreement)
+    assert [ax.get_xlabel() for ax in fig.axes[3:]] == [f"share of {x} (%)" for x in ("tokens", "loss", "gradient")]
+    lags = once[(once.response == "lag") & (once.task == "sudoku")]
+    both = [part.token_share.corr(part.estimate, "spearman") for part in (lags[lags.axis != "difficulty"], lags)]
+    assert fig.axes[0].get_title() == f"Sudoku\nρ = {both[0]:.2f} (all doses {both[1]:.2f})"
+    assert len(lags) == 5
+    of_tokens = agreement[(agreement.task == "sudoku") & (agreement.share == "token_share")]
+    assert of_tokens.rho.tolist() == pytest.approx(both)
+    assert of_tokens.doses.tolist() == [4, 5]
+
+
+def test_the_frontier_puts_every_arm_at_its_weight():
+    table = stats.measures(evaluated())
+    weights = {"token_averaged": 0.1, "lambda_0.5": 0.5, "ngdiff": 0.3}
+    weights = pd.Series({(task, arm): weight for task in TASKS for arm, weight in weights.items()})
+    fig = trends.frontier(table, weights)
+    top, bottom = fig.axes[0], fig.axes[2]
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["Sudoku", "Graph Coloring"]
+    swept = top.lines[0].get_xydata()
+    points = table[(table.task == "sudoku") & (table.measure == "a")].set_index("arm").estimate
+    assert swept.tolist() == [[0.1, points["token_averaged"]], [0.5, points["lambda_0.5"]]]
+    assert {tuple(xy) for drawn in top.lines for xy in drawn.get_xydata()} >= {(0.3, points["ngdiff"])}
+    assert texts(top) == ["token-averaged", "NGDiff"]
+    assert line(bottom, figures.PERCEPTION).get_xdata().tolist() == [0.1, 0.5]
+    assert bottom.get_xlabel() == "weight of perception λ"
 
 
 def test_the_null_map_is_dark_only_where_both_ranges_hold():
