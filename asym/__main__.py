@@ -1,6 +1,7 @@
 """The command line: `python -m asym run` executes a study, `plan` says what it will need, `train` trains one arm of
 it, `screen` ranks label-free rewards on a checkpoint, `runs pack` and `runs unpack` carry finished runs elsewhere,
-`data export` writes a study's data for others, `bench` measures speed, `score` scores responses.
+`data export` writes a study's data for others, `bench` measures speed, `score` scores responses, `claims` recomputes a
+study's claims from its stored rows.
 
 Exit codes: 0 done, 1 something failed, 2 nothing was started because the request is wrong, 130 interrupted.
 """
@@ -164,6 +165,20 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(args: argparse.Namespace) -> int:
+    from asym.claims import recompute
+    from asym.runs import repo_root, write_csv
+    from asym.study import renew_manifest, write_readme
+
+    results = Path(args.results)
+    table = recompute(results)
+    write_csv(results / "tables" / "claims.csv", table)
+    renew_manifest(results)
+    write_readme(repo_root())
+    print(table.drop(columns=["family", "paper"]).round(2).to_string(index=False, na_rep=""))
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from asym.tasks import get_task
 
@@ -215,7 +230,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asym", description=__doc__, formatter_class=_Verbatim)
-    commands = parser.add_subparsers(required=True, metavar="{run,plan,train,screen,runs,data,bench,score}")
+    commands = parser.add_subparsers(required=True, metavar="{run,plan,train,screen,runs,data,bench,score,claims}")
 
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
@@ -272,6 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="score responses", description=_SCORE, formatter_class=_Verbatim)
     score.add_argument("--task", required=True, help="sudoku or graph_coloring")
     score.set_defaults(command=_score)
+
+    claims = commands.add_parser("claims", help="recompute a study's claims", description=_CLAIMS)
+    claims.add_argument("results", help="results folder of the study, such as results/cpu_seeds")
+    claims.set_defaults(command=_claims)
     return parser
 
 
@@ -325,6 +344,10 @@ graph_coloring: {"v": vertices, "c": colours, "edges": [[0, 1], ...]}.
 Prints one JSON object per line read: a (answer correct), a_p (perception exact), a_p_graded (perception in part),
 a_own (answer solves the problem as the response states it), each 0 to 1, and parse_failure (the reason, or "").
 A broken line gives {"line": its number, "error": the reason}; the rest is still scored, the exit code is 1."""
+
+_CLAIMS = """\
+Recompute every claim of a study from the rows and tables in its results folder alone, write its claims.csv, and print
+it. Nothing is trained or sampled."""
 
 
 def _keys() -> str:

@@ -3,13 +3,13 @@
 A claim is stated as an estimate that should exceed a threshold, 0 unless said otherwise. **Verdict**: *reproduced* if
 the whole 95 % interval lies above the threshold, *not reproduced* if it lies wholly below, else *inconclusive*. A claim
 whose arms were not run is inconclusive with n = 0. Accuracies, gains and shares are in points (0..100), correlations
-are r.
+are r. Intervals over few seeds that differ much are too narrow (`stats`), so the column by_seed shows each seed alone.
 
 "The best of several arms" is always chosen out of fold: for each fifth of the problems, the arm with the highest mean a
 on the other four fifths. Choosing and comparing on the same problems would favour the best by its luck.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import scipy.stats
 
 from asym import stats
 from asym.coupling import counterfactual_reading, coupling_gap
-from asym.runs import write_csv
+from asym.params import ParamsError
+from asym.runs import read_manifest, write_csv
 from asym.stats import UNTESTED, Estimate, difference_of_gains, paired_difference
 
-COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "paper", "verdict"]
+COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "by_seed", "paper", "verdict"]
 PAPER = {
     "C2": "1.3 % of the loss < 2.5 % of the tokens",
     "C2 far below half": "2.5 % of the tokens",
@@ -259,11 +260,47 @@ def claims(
         if not set(needed) <= set(parts):
             continue
         for task, family in set.intersection(*(set(parts[name]) for name in needed)):
-            for claim, estimate, threshold in test(*(parts[name][task, family] for name in needed), resamples):
+            tables = [parts[name][task, family] for name in needed]
+            alone = _by_seed(test, tables)
+            for claim, estimate, threshold in test(*tables, resamples):
                 line = {"claim": claim, "task": task, "family": family, **asdict(estimate)}
-                ruling = verdict(estimate.low, estimate.high, threshold)
-                records.append(line | {"paper": PAPER.get(claim, "yes"), "verdict": ruling})
+                line |= {"by_seed": alone.get(claim, ""), "paper": PAPER.get(claim, "yes")}
+                records.append(line | {"verdict": verdict(estimate.low, estimate.high, threshold)})
     return _sorted(pd.DataFrame(records, columns=COLUMNS))
+
+
+def _by_seed(test: Callable[..., Iterator[Part]], tables: list[pd.DataFrame]) -> dict[str, str]:
+    """The estimates at each of several seeds alone, by claim, in the order of the seeds.
+
+    A seed alone also chooses its own best arm, where a claim is about the best of several.
+    """
+    seeds, found = sorted(tables[0].seed.unique()), {}
+    for seed in seeds if len(seeds) > 1 else []:
+        of_seed = [table[table.seed == seed] if "seed" in table else table for table in tables]
+        for claim, estimate, _ in test(*of_seed, resamples=2):  # their intervals are not used
+            digits = 2 if claim in CORRELATIONS else 1
+            found.setdefault(claim, []).append(f"{estimate.estimate:.{digits}f}")
+    return {claim: ", ".join(values) for claim, values in found.items()}
+
+
+def recompute(results: Path) -> pd.DataFrame:
+    """The claims of a study, from nothing but the rows and tables in its results folder.
+
+    Raises ParamsError where the folder holds no study's results.
+    """
+    manifest = read_manifest(results)
+    if "params" not in manifest:
+        raise ParamsError(f"{results}: must be the results folder of a study, with its manifest.json")
+    stored = {"sft_rows": "rows/sft.parquet", "rl_rows": "rows/rl.parquet", "dose_rows": "rows/dose.parquet"}
+    stored |= {"rollouts": "rows/rollouts.parquet", "imbalance": "tables/imbalance.csv"}
+    stored |= {"screening": "tables/screening.csv"}
+    read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+    tables = {name: read[path.suffix](path) for name, file in stored.items() if (path := results / file).exists()}
+    if "rollouts" in tables:
+        mode = tables["rollouts"]["mode"]
+        tables["counterfactual"] = tables["rollouts"][mode == "counterfactual"]
+        tables["rollouts"] = tables["rollouts"][mode == "end_to_end"]
+    return claims(**tables, resamples=manifest["params"]["bootstrap"])
 
 
 def record(path: Path, found: pd.DataFrame) -> pd.DataFrame:
@@ -272,11 +309,16 @@ def record(path: Path, found: pd.DataFrame) -> pd.DataFrame:
     The table is made if new, and returned, by number of claim.
     """
     keys = ["claim", "task", "family"]
-    old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    old = read_claims(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
     kept = old[~old.set_index(keys).index.isin(found.set_index(keys).index)]
     table = _sorted(pd.DataFrame([*kept.to_dict("records"), *found.to_dict("records")], columns=COLUMNS))
     write_csv(path, table)
     return table
+
+
+def read_claims(path: Path) -> pd.DataFrame:
+    """The claims table at `path`; a single seed leaves `by_seed` empty, not undefined."""
+    return pd.read_csv(path, dtype={"by_seed": str}).fillna({"by_seed": ""})
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ ARMS = {  # in the order they are drawn; the mixtures of `GREEK` follow the arm 
     "token_averaged": "token-averaged",
     "outcome": "outcome only",
     "ngdiff": "NGDiff",
-    "uncertainty": "uncertainty",
+    "uncertainty": "equal losses",
     "pcgrad": "PCGrad",
     "perception_first": "perception first",
     "self_blindfold": "self-blindfold",
@@ -130,10 +130,18 @@ def training_curves(metrics: pd.DataFrame) -> Figure:
     return _curves(metrics, lines, "Loss of perception and reasoning tokens in training", "nats per token", log=True)
 
 
-def accuracy_curves(curves: pd.DataFrame) -> Figure:
-    """a_p, a_r and a (points) against the step, from the table of `stats.curves`: a row per arm, a column per task."""
+def accuracy_curves(curves: pd.DataFrame, goal: pd.Series | None = None) -> Figure:
+    """a_p, a_r and a (points) against the step, from the table of `stats.curves`: a row per arm, a column per task.
+
+    A dashed line stands at the `goal` of each task (points of a; its name says what it is).
+    """
     lines = {measure: (label, color, "-") for measure, (label, color) in BARS.items()}
-    return _curves(curves, lines, "Accuracy along training", "accuracy (points)")
+    fig = _curves(curves, lines, "Accuracy along training", "accuracy (points)", limits=(0, 105))
+    if goal is not None:
+        fig.suptitle(f"{fig.get_suptitle()}\ndashed: {goal.name}")
+        for ax, task in zip(fig.axes, tasks_of(curves) * curves.arm.nunique(), strict=True):
+            ax.axhline(goal[task], color=END_TO_END, lw=1.5, ls="--")
+    return fig
 
 
 def reward_curves(metrics: pd.DataFrame) -> Figure:
@@ -153,9 +161,12 @@ def reward_curves(metrics: pd.DataFrame) -> Figure:
     return _curves(metrics, lines, "Rewards during GRPO", "mean reward")
 
 
-def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bool = False) -> Figure:
+def _curves(
+    metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bool = False, limits: tuple | None = None
+) -> Figure:
     """`lines`: column -> (label, colour, dash); the mean over seeds, and a band from the lowest to the highest."""
-    fig, axes = panels(ordered(metrics.arm), tasks_of(metrics), 7, 3.4, sharex=True, sharey=True)
+    arms, seeds = ordered(metrics.arm), metrics.seed.nunique()
+    fig, axes = panels(arms, tasks_of(metrics), 6, 3.4 if len(arms) < 4 else 2.8, sharex=True, sharey=True)
     ends = {}
     for (arm, task), ax in axes.items():
         ends[ax] = _lines(ax, metrics[(metrics.arm == arm) & (metrics.task == task)], lines)
@@ -165,7 +176,9 @@ def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bo
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
-    fig.suptitle(f"{title} ({counted(metrics.seed.nunique(), 'seed')})")
+        ax.set_ylim(limits)
+    bands = "; bands: lowest to highest" * (seeds > 1)
+    fig.suptitle(f"{title} ({counted(seeds, 'seed')}{bands})")
     fig.supxlabel("step")
     fig.supylabel(ylabel)
     return _name(fig, ends)
@@ -174,7 +187,7 @@ def _curves(metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bo
 def lambda_path(metrics: pd.DataFrame) -> Figure:
     """λ_t, gradient norms of both segments and their cosine against the step, a column per task.
 
-    Only steps at which gradient norms were taken are shown: those of NGDiff.
+    Only steps at which gradient norms were taken are shown: those of NGDiff. Dotted: the λ of token averaging.
     """
     metrics = metrics.dropna(subset="grad_norm_perception")
     rows = {
@@ -194,8 +207,12 @@ def lambda_path(metrics: pd.DataFrame) -> Figure:
         ax.set_ylabel(row if task == tasks[0] else "")
     for task in tasks:
         axes["λ", task].set(title=TASKS.get(task, task), ylim=(0, 1))
+        implied = metrics[metrics.task == task].token_share.mean()
+        axes["λ", task].axhline(implied, color=END_TO_END, lw=1.5, ls=":")
         axes["cosine", task].axhline(0, color=QUIET, lw=1)
-    fig.suptitle(f"NGDiff: λ and the two gradients ({counted(metrics.seed.nunique(), 'seed')})")
+    seeds = metrics.seed.nunique()
+    bands = "; bands: lowest to highest" * (seeds > 1)
+    fig.suptitle(f"NGDiff: λ (dotted: token averaging's) and the two gradients\n({counted(seeds, 'seed')}{bands})")
     fig.supxlabel("step")
     return _name(fig, ends)
 
@@ -223,7 +240,8 @@ def shares(imbalance: pd.DataFrame) -> Figure:
             ax.set_xticks(range(len(kinds)), [label for label, _ in kinds.values()])
         ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
     ax.set_ylim(0, 1.05 * percent[list(kinds)].max().max())
-    fig.suptitle("Perception's share of tokens, loss and gradient norm")
+    bands = " (bands: ± 1 standard deviation)" * (imbalance.step.nunique() > 2)
+    fig.suptitle(f"Perception's share of tokens, loss and gradient norm{bands}")
     fig.supylabel("share (%)")
     return _name(fig, ends)
 

@@ -225,13 +225,24 @@ def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
 
 
 def _write_manifest(results: Path, params: Params, clock: dict, names: list[str], root: Path) -> None:
-    files = [path for path in sorted(results.rglob("*")) if path.is_file() and path != results / "manifest.json"]
+    files = _files(results)
     about = manifest(params.model_dump(), sum(clock["spent"].values()), files, root)
     about["torch_threads"] = params.threads  # of the notebooks, not of this process
     published = {path.stem for path in files if path.parent.name == "notebooks"}
     complete = set(names) <= published & set(clock["finished"])
     head = {"study": params.study, "complete": complete, "notebooks": dict(sorted(clock["spent"].items()))}
     write_json(results / "manifest.json", head | about)
+
+
+def renew_manifest(results: Path) -> None:
+    """Hash the files of a results folder anew, some of which were recomputed from its rows by this revision."""
+    kept = read_manifest(results)
+    again = manifest(kept["params"], 0, _files(results), results.parents[1])
+    write_json(results / "manifest.json", kept | {"files": again["files"], "recomputed": again["revision"]})
+
+
+def _files(results: Path) -> list[Path]:
+    return [path for path in sorted(results.rglob("*")) if path.is_file() and path != results / "manifest.json"]
 
 
 class _Display:

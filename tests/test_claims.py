@@ -6,7 +6,7 @@ import pytest
 from synthetic import responses, split
 
 from asym import claims as module
-from asym.claims import COLUMNS, claims, record, verdict
+from asym.claims import COLUMNS, claims, read_claims, record, verdict
 
 BASE = {"base": (0.3, 0.1)}
 START = {"start": (0.5, 0.5)}
@@ -214,6 +214,16 @@ def test_one_problem_is_inconclusive_and_no_error():
     assert set(claims(sft_rows=responses(arms, problems=1)).verdict) == {"inconclusive"}
 
 
+def test_each_of_several_seeds_is_shown_alone():
+    """C1 of two seeds, of which one gains in reasoning and one in perception."""
+    one, other = (responses(BASE | {"token_averaged": rates}) for rates in ((0.4, 0.9), (0.9, 0.2)))
+    found = claims(sft_rows=pd.concat([one, other.assign(seed=1)])).set_index("claim").loc["C1"]
+    alone = [claims(sft_rows=rows).set_index("claim").loc["C1"] for rows in (one, other)]
+    assert found.by_seed == ", ".join(f"{claim.estimate:.1f}" for claim in alone)
+    assert float(found.by_seed.split(", ")[0]) > 0 > float(found.by_seed.split(", ")[1])
+    assert [claim.by_seed for claim in alone] == ["", ""]
+
+
 def test_recording_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
     path = tmp_path / "tables" / "claims.csv"
     first = record(path, claims(sft_rows=responses(BASE | {"token_averaged": (0.9, 0.2)})))
@@ -225,7 +235,7 @@ def test_recording_replaces_lines_keeps_others_and_survives_a_file(tmp_path):
     assert merged.set_index("claim").verdict["C1"] == "reproduced"
     assert len(merged) == len(both)
     pd.testing.assert_frame_equal(record(path, again), merged)
-    pd.testing.assert_frame_equal(pd.read_csv(path), merged)
+    pd.testing.assert_frame_equal(read_claims(path), merged)
 
 
 def test_arms_that_never_differ_settle_nothing():

@@ -39,6 +39,11 @@ def test_accuracy_curves_have_a_line_per_measure():
     expected = curves[(curves.task == "sudoku") & (curves.arm == "token_averaged")].groupby("step").a_p.mean()
     assert line(ax, figures.PERCEPTION).get_ydata().tolist() == pytest.approx(expected.tolist())
     assert set(texts(ax)) == {"perception", "reasoning", "end to end"}
+    goals = pd.Series({"sudoku": 0.3, "graph_coloring": 0.6}, name="the goal")
+    fig = figures.accuracy_curves(curves, goals)
+    drawn = fig.axes
+    assert fig.get_suptitle().endswith("dashed: the goal")
+    assert [ax.lines[-1].get_ydata()[0] for ax in drawn] == [0.3, 0.6, 0.3, 0.6]
 
 
 @pytest.mark.parametrize("tasks", [TASKS, ["sudoku"]])
@@ -113,12 +118,13 @@ def test_names_at_the_ends_of_lines_do_not_cover_each_other():
 
 def test_lambda_path_shows_only_steps_with_gradient_norms():
     columns = ["lambda", "grad_norm_perception", "grad_norm_reasoning", "grad_cosine"]
-    table = metrics(columns, ["token_averaged", "ngdiff"])
+    table = metrics(columns, ["token_averaged", "ngdiff"]).assign(token_share=0.07)
     table.loc[table.arm != "ngdiff", columns[1:]] = np.nan
     fig = figures.lambda_path(table)
     assert [ax.get_ylabel() for ax in fig.axes[::2]] == ["λ", "gradient norm", "cosine"]
     expected = table[(table.task == "sudoku") & (table.arm == "ngdiff")]
     np.testing.assert_allclose(fig.axes[0].lines[0].get_ydata(), expected["lambda"])
+    np.testing.assert_allclose(fig.axes[0].lines[1].get_ydata(), 0.07)
     np.testing.assert_allclose(line(fig.axes[2], figures.PERCEPTION).get_ydata(), expected.grad_norm_perception)
 
 
