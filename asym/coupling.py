@@ -13,6 +13,7 @@ problem: a prompt group.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -47,35 +48,35 @@ def coupling_table(
     """corr(outcome, perception) and corr(outcome, reasoning) beside the base rates and the null model's prediction.
 
     Columns: task, family, arm, reading (own, counterfactual), scope (pooled, within_group), pair (outcome~perception,
-    outcome~reasoning), r, low, high, n (problems), seeds, p and q (rates of perception and reasoning, 0..1), null. The
-    null supposes all problems equally hard, in both scopes: differences between problems are part of what remains.
+    outcome~reasoning), r, low, high, n (problems), seeds, p and q (rates of perception and reasoning, 0..1), f (rate of
+    right answers to wrong perceptions), null, forgiving (the null that knows f). Both suppose all problems equally
+    hard, in both scopes: differences between problems are part of what remains.
     """
     records = []
     for reading, frame in readings(rollouts, counterfactual):
         for (task, family, arm), group in frame.groupby(["task", "family", "arm"]):
             part = {"task": task, "family": family, "arm": arm, "reading": reading}
-            p, q = group.a_p.mean(), group.reasoning.mean()
-            null_p, null_r = stats.null_correlations(p, q)
-            halves = (("perception", group.a_p, null_p), ("reasoning", group.reasoning, null_r))
-            for scope, correlate in SCOPES.items():
-                for half, success, null in halves:
-                    r = correlate(group.a, success, group.problem_id, group.seed, resamples)
-                    line = {"scope": scope, "pair": f"outcome~{half}", **asdict(r), "p": p, "q": q, "null": float(null)}
-                    records.append(part | line)
+            p, q, f = group.a_p.mean(), group.reasoning.mean(), group.a[group.a_p == 0].mean()
+            nulls = zip(stats.null_correlations(p, q), stats.null_correlations(p, q, f), strict=True)
+            halves = zip(("perception", "reasoning"), ("a_p", "reasoning"), nulls, strict=True)
+            for (half, column, (null, forgiving)), scope in itertools.product(halves, SCOPES):
+                r = SCOPES[scope](group.a, group[column], stats.own_problems(group), group.seed, resamples)
+                line = {"scope": scope, "pair": f"outcome~{half}", **asdict(r), "p": p, "q": q, "f": f}
+                records.append(part | line | {"null": float(null), "forgiving": float(forgiving)})
     return pd.DataFrame(records).rename(columns={"estimate": "r"}).round(6)
 
 
-def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
+def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000, alone: str = "token_averaged") -> pd.DataFrame:
     """Correlation of a with a_p and with a_r *across checkpoints*, each a point with its three accuracies.
 
     `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. Once for all of
-    them, which differ in λ, and once for those that token averaging passed. The interval resamples problems, the
-    checkpoints stay. `null` is the correlation that a would have if it were the product a_p · a_r at every checkpoint.
-    Columns: task, family, of (all arms, token_averaged), pair, r, low, high, n (problems), checkpoints, p and q (mean
+    them, which differ in λ or reward, and once for those that the arm `alone` passed. The interval resamples problems,
+    the checkpoints stay. `null` is the correlation that a would have if it were a_p · a_r at every checkpoint.
+    Columns: task, family, of (all arms, or `alone`), pair, r, low, high, n (problems), checkpoints, p and q (mean
     a_p and a_r, 0..1), null; r is nan with fewer than `FEW` checkpoints.
     """
     records = []
-    kinds = {"all arms": rows, "token_averaged": rows[rows.arm == "token_averaged"]}
+    kinds = {"all arms": rows, alone: rows[rows.arm == alone]}
     for of, (task, family) in itertools.product(kinds, rows.groupby(["task", "family"]).groups):
         part = kinds[of][(kinds[of].task == task) & (kinds[of].family == family)]
         if part.empty:
@@ -105,23 +106,30 @@ def _across(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 
-def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Estimate, stats.Estimate]:
-    """corr(a, reasoning) − corr(a, a_p), pooled over rollouts with a column `reasoning`, and the same less the null's.
+def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Estimate, ...]:
+    """corr(a, reasoning) − corr(a, a_p), pooled over rollouts with a column `reasoning`; less the null's; less that of
+    the null that forgives.
 
-    The null's difference is taken from the base rates of the same resample, so its uncertainty is in the interval.
+    The nulls' differences are taken from the rates of the same resample, so their uncertainty is in the interval.
     """
 
     def gap(sums):
         r = stats.correlation_matrix(sums)
         return r[..., 0, 2] - r[..., 0, 1]
 
-    def beyond_null(sums):
+    def beyond(sums, forgiven):
         rates = sums[..., 0, 1:] / sums[..., :1, 0]
-        perception, reasoning = stats.null_correlations(rates[..., 1], rates[..., 2])
+        perception, reasoning = stats.null_correlations(rates[..., 1], rates[..., 2], forgiven)
         return gap(sums) - (reasoning - perception)
 
-    totals = stats.cells(stats.moments(paired.a, paired.a_p, paired.reasoning), paired.problem_id, paired.seed)
-    return stats.bootstrap(totals, gap, resamples), stats.bootstrap(totals, beyond_null, resamples)
+    def beyond_forgiveness(sums):
+        of_wrong = sums[..., 0, 1] - sums[..., 1, 2]  # right answers to wrong perceptions
+        return beyond(sums, of_wrong / (sums[..., 0, 0] - sums[..., 0, 2]))
+
+    moments = stats.moments(paired.a, paired.a_p, paired.reasoning)
+    totals = stats.cells(moments, stats.own_problems(paired), paired.seed)
+    found = (gap, partial(beyond, forgiven=0.0), beyond_forgiveness)
+    return tuple(stats.bootstrap(totals, statistic, resamples) for statistic in found)
 
 
 def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
@@ -138,7 +146,8 @@ def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1
         for perception in ("a_p", "a_p_graded"):
             for scope, correlate in SCOPES.items():
                 for surrogate in rewards:
-                    r = correlate(group[surrogate], group[perception], group.problem_id, group.seed, resamples)
+                    problems = stats.own_problems(group)
+                    r = correlate(group[surrogate], group[perception], problems, group.seed, resamples)
                     line = {"task": task, "family": family, "surrogate": surrogate.removeprefix("reward_")}
                     line |= {"perception": perception, "scope": scope, **asdict(r)}
                     records.append(line | {"spread": within[surrogate] / within.a if within.a else np.nan})
@@ -149,35 +158,34 @@ def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1
 
 
 def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
-    """Was a surrogate gamed? What its arm gains over outcome-only in the second half of GRPO, on the same problems.
+    """Was a surrogate gamed? What RL with it gained, in itself and in what it stands for, on the same problems.
 
-    Every arm meets the same problems in the same order, so gains are paired by problem. *Fooled* is the share of
-    rollouts that saw wrong and yet beat their group's mean of the surrogate: in outcome-only, nobody aimed at that.
+    *Fooled* is the share of rollouts that saw wrong and yet beat their group's mean of the surrogate.
 
     Args:
-        rollouts: of GRPO, with the columns task, family, arm, seed, step, problem_id, a, a_p and one per surrogate.
+        rollouts: of the final checkpoint of every arm and of the arm start, on the same problems, with a column per
+            surrogate.
 
     Returns:
-        Columns task, family, arm, gain (surrogate, a_p, a, fooled), estimate, low, high (points), n, seeds. Of a
-        surrogate that outcome-only was not asked for, the gains in it and in fooled are nan, with n = 0.
+        Columns task, family, arm, over (start, outcome), gain (surrogate, a_p, a, fooled), estimate, low, high
+        (points), n, seeds: paired by problem and seed. Only for surrogates that have an arm.
     """
-    late = rollouts[rollouts.step >= (rollouts.step.max() + 1) / 2]
-    group, records = ["seed", "step", "problem_id"], []
-    for (task, family), part in late.groupby(["task", "family"]):
-        for surrogate in surrogates:
+    group, records = ["problem_id", "seed"], []
+    trained = set(rollouts.arm)
+    for (task, family), part in rollouts.groupby(["task", "family"]):
+        part = part.assign(problem_id=stats.own_problems(part))
+        for surrogate in [name for name in surrogates if name in trained]:
             means = {}
-            for arm in (surrogate, "outcome"):
+            for arm in (surrogate, "start", "outcome"):
                 own = part[part.arm == arm]
-                own = own.assign(
-                    surrogate=own[surrogate], ahead=own[surrogate] > own.groupby(group)[surrogate].transform("mean")
-                )
-                own = own.assign(fooled=(own.ahead & (own.a_p == 0)).where(own.surrogate.notna()).astype(float))
+                own = own.assign(surrogate=own[surrogate])
+                ahead = own.surrogate > own.groupby(group).surrogate.transform("mean")
+                own = own.assign(fooled=(ahead & (own.a_p == 0)).astype(float))
                 means[arm] = 100 * own.groupby(group)[["surrogate", "a_p", "a", "fooled"]].mean()
-            gains = (means[surrogate] - means["outcome"]).reset_index()
-            for name in ("surrogate", "a_p", "a", "fooled"):
-                known = gains.dropna(subset=name)
-                estimate = stats.accuracy(known, name, 1, resamples) if len(known) else stats.UNTESTED
-                line = {"task": task, "family": family, "arm": surrogate, "gain": name}
-                records.append(line | asdict(estimate))
-    columns = ["task", "family", "arm", "gain", "estimate", "low", "high", "n", "seeds"]
+            for over in ("start", "outcome"):
+                gains = (means[surrogate] - means[over]).reset_index()
+                about = {"task": task, "family": family, "arm": surrogate, "over": over}
+                for name in ("surrogate", "a_p", "a", "fooled"):
+                    records.append(about | {"gain": name} | asdict(stats.accuracy(gains, name, 1, resamples)))
+    columns = ["task", "family", "arm", "over", "gain", "estimate", "low", "high", "n", "seeds"]
     return pd.DataFrame(records, columns=columns)

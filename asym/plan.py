@@ -265,8 +265,8 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
     """Hours of an SFT arm and of an RL arm, on all cards; of measuring them all, on one; and of the study.
 
     A study trains its arms and what RL starts from. It measures arms and what they start from on the test problems,
-    snapshots on the validation problems, and rollouts of three checkpoints. "paid" are the hours of all cards while
-    they train, and of one while it measures.
+    snapshots on the validation problems, and rollouts of three checkpoints and of every RL arm. "paid" are the hours of
+    all cards while they train, and of one while it measures.
     """
     sft_arms, rl_arms, runs = len(sft.arms(p)), len(rl.arms(p)), len(p.tasks) * len(p.seeds)
     an_hour = card.count * card.speed * 1e12 * REACHED * 3600  # FLOPs
@@ -280,7 +280,8 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
     asked = [
         (2 * (sft_arms + rl_arms + 2), p.n_test),
         (2 * (snapshots + 3), p.n_validation),  # and the base, also in its own four formats
-        (2 * (1 if p.start_model else 3) + 1, p.n_coupling * p.coupling_rollouts),  # and self_blindfold, of the start
+        # And self_blindfold, of the start and of every RL arm
+        (2 * (1 if p.start_model else 3) + 1 + 3 * rl_arms, p.n_coupling * p.coupling_rollouts),
     ]
     measuring = runs * sum(k * writing(p, s, card, s.length, n, min(n, p.eval_batch)) for k, n in asked)
     found = {"an SFT arm": sft_arm, "an RL arm": rl_arm + written, "measuring": measuring}

@@ -49,6 +49,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 SAVE_EVERY = 5  # steps; a step is long
 REWARDS = (*LABELLED, *SURROGATES)
 PROMPT_ROOM = 1024  # tokens of a prompt with its image, at most
+GRPO = {"loss_type": "dapo", "epsilon": 0.2, "scale_rewards": "group", "lr_scheduler_type": "constant"}
 HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
 
 
@@ -264,7 +265,8 @@ def own_passes(p: Params) -> int:
 def train_arm(p: Params, start: Run, task: str, arm: str, seed: int) -> Run:
     """The finished run of one RL arm on one task from the checkpoint of `start`, trained now if it has not been.
 
-    The run holds the checkpoint, `metrics.csv` (rewards, entropy, lengths by step) and `rollouts.parquet`.
+    The run holds the checkpoint, `metrics.csv` (by step: rewards, entropy, lengths, norm of the gradient before it is
+    clipped, share of groups whose paid rewards are all equal) and `rollouts.parquet`.
     """
     runs = along(p, start, task, arm, seed)
     _, run = runs.popitem()
@@ -285,21 +287,18 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
         output_dir=str(run.folder / "trainer"),
         max_steps=p.rl_steps,
         learning_rate=p.rl_lr,
-        lr_scheduler_type="constant",
         per_device_train_batch_size=share(p.rl_prompts * p.rl_group, passes),
         gradient_accumulation_steps=passes,  # all of them from one generation: a step stays on-policy
         num_generations=p.rl_group,
         max_completion_length=p.max_new_tokens,
         temperature=p.rl_temperature,
         beta=p.rl_beta,
-        loss_type="dapo",
-        epsilon=0.2,
-        scale_rewards="group",
         reward_weights=[weights.get(reward.__name__, 0.0) for reward in rewards],
         logging_steps=1,
         save_steps=SAVE_EVERY,
         seed=seed,
         data_seed=seed,
+        **GRPO,
         **_generation(p, run, model, processor),
         **TRAINING | {"activation_checkpointing": p.activation_checkpointing},
     )
@@ -367,6 +366,7 @@ def _keep_logs(trainer: RolloutTrainer, run: Run, rewards: list[Reward]) -> None
     """Metrics and rollouts from the trainer's own files to the run's, and those away."""
     names = {f"rewards/{reward.__name__}/mean": f"reward_{reward.__name__}" for reward in rewards}
     names |= {"reward": "reward", "entropy": "entropy", "completions/mean_length": "mean_length", "kl": "kl"}
+    names |= {"grad_norm": "grad_norm", "frac_reward_zero_std": "groups_without_signal"}
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     columns = [{"step": entry["step"]} | {new: entry.get(old, nan) for old, new in names.items()} for entry in log]
     write_csv(run.folder / "metrics.csv", pd.DataFrame(columns))

@@ -18,12 +18,12 @@ GRADIENTS = ["perception", "perception_graded", "mixed", "outcome", *NAMES]  # w
 KEYS = ["mode", "problem_id", "rollout"]
 
 
-def scored_rollouts(p: Params, start: Run, task: str, seed: int) -> pd.DataFrame:
+def scored_rollouts(p: Params, start: Run, task: str, seed: int, arm: str = "start") -> pd.DataFrame:
     """Rollouts of a checkpoint on RL training problems (as `evaluate.measure` returns them), each with all surrogates.
 
     Counterfactual rollouts are among the rows, their surrogates nan. From the run's cache where they exist.
     """
-    rows = measure(p, start, task, "rl", "start", seed, split="train_rl", rollouts=p.coupling_rollouts)
+    rows = measure(p, start, task, "rl", arm, seed, split="train_rl", rollouts=p.coupling_rollouts)
 
     def scores() -> pd.DataFrame:
         own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, "train_rl", seed)

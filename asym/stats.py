@@ -230,14 +230,25 @@ def rank_agreement(x, y) -> tuple[float, float]:
     return float(found.statistic), float(found.pvalue)
 
 
-def null_correlations(p, q) -> tuple[np.ndarray, np.ndarray]:
+def null_correlations(p, q, forgiven=0.0) -> tuple[np.ndarray, np.ndarray]:
     """corr(a, a_p) and corr(a, a_r) if perception (rate p) and reasoning (rate q) are independent and a needs both.
 
     √(q(1−p)/(1−pq)) and √(p(1−q)/(1−pq)): cov(a, a_p) = pq(1−p), var a = pq(1−pq), var a_p = p(1−p), and likewise for
     reasoning. nan where one of the two correlated variables is constant.
+
+    With `forgiven`, an answer to a wrong perception is right at that rate f, whatever the reasoning: E a = e = pq +
+    (1−p)f, cov(a, a_p) = p(q − e), cov(a, a_r) = q(p + (1−p)f − e).
     """
-    p, q = np.asarray(p, float), np.asarray(q, float)
+    p, q, f = (np.asarray(rate, float) for rate in (p, q, forgiven))
+    right = p * q + (1 - p) * f
     with np.errstate(divide="ignore", invalid="ignore"):
-        perception = np.where((p > 0) & (p < 1) & (q > 0), np.sqrt(q * (1 - p) / (1 - p * q)), np.nan)
-        reasoning = np.where((q > 0) & (q < 1) & (p > 0), np.sqrt(p * (1 - q) / (1 - p * q)), np.nan)
+        deviation = np.sqrt(right * (1 - right))
+        perception = p * (q - right) / (deviation * np.sqrt(p * (1 - p)))
+        reasoning = q * (p + (1 - p) * f - right) / (deviation * np.sqrt(q * (1 - q)))
     return perception, reasoning
+
+
+def own_problems(rows: pd.DataFrame) -> pd.Series:
+    """Names of problems that tell apart those of several seeds: training problems are drawn anew with each seed."""
+    drawn = rows.problem_id.str.contains("/train_")
+    return rows.problem_id.where(~drawn, rows.seed.astype(str) + ":" + rows.problem_id)

@@ -214,6 +214,47 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def coupling_vs_null(coupling: pd.DataFrame) -> Figure:
+    """corr(outcome, perception) and corr(outcome, reasoning): measured (dot), and what two nulls make of rates.
+
+    Diamond: a wrong perception is always fatal; square: it is forgiven as often as was measured.
+
+    One panel per task, one line per arm, reading and scope of the table of `coupling.coupling_table`.
+    """
+    several = coupling.arm.nunique() > 1
+    lines = list(coupling.groupby(["arm", "reading", "scope"]).groups)
+    lines.sort(key=lambda line: (figures.ordered(coupling.arm).index(line[0]), line[1:]))
+    fig, axes = figures.panels([""], figures.tasks_of(coupling), 7, 1.1 * len(lines) + 2.2, sharex=True, sharey=True)
+    for (_, task), ax in axes.items():
+        for place, (arm, reading, scope) in enumerate(lines):
+            part = coupling[(coupling.task == task) & (coupling.arm == arm)]
+            part = part[(part.reading == reading) & (part.scope == scope)].set_index("pair")
+            for half, color, shift in (
+                ("perception", figures.PERCEPTION, -0.15),
+                ("reasoning", figures.REASONING, 0.15),
+            ):
+                if (pair := f"outcome~{half}") in part.index:
+                    row = part.loc[pair]
+                    ax.hlines(place + shift, row.low, row.high, color=color, lw=3)
+                    ax.plot(row.r, place + shift, "o", color=color, ms=11)
+                    ax.plot(row.null, place + shift, "D", mfc="white", mec=color, mew=2, ms=9)
+                    ax.plot(row.forgiving, place + shift, "s", mfc="white", mec=color, mew=2, ms=9)
+        names = [f"{reading}\n{scope.replace('_', ' ')}" for _, reading, scope in lines]
+        if several:
+            names = [f"{figures.display(arm)}, {name}" for (arm, *_), name in zip(lines, names, strict=True)]
+        ax.set_yticks(range(len(lines)), names)
+        ax.set(title=figures.TASKS.get(task, task), xlabel="correlation r", ylim=(len(lines) - 0.5, -0.5))
+    fig.suptitle(f"What the outcome follows, beside the null model ({figures.counted(coupling.n.max(), 'problem')})")
+    keys = [
+        Line2D([], [], color=figures.PERCEPTION, marker="o", lw=3, label="outcome ~ perception"),
+        Line2D([], [], color=figures.REASONING, marker="o", lw=3, label="outcome ~ reasoning"),
+        Line2D([], [], color="black", marker="D", mfc="white", mew=2, lw=0, label="null model"),
+        Line2D([], [], color="black", marker="s", mfc="white", mew=2, lw=0, label="forgiving null"),
+    ]
+    fig.legend(handles=keys, ncols=2, frameon=False, loc="outside lower center")
+    return fig
+
+
 def null_map(perception: tuple[float, float], reasoning: tuple[float, float]) -> Figure:
     """Rates (p, q) at which `stats.null_correlations` fall within two ranges: each (light), both (dark)."""
     rates = np.linspace(0.001, 0.999, 999)

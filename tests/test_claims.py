@@ -140,6 +140,7 @@ def test_c7_follows_the_base_rates_and_finds_nothing_beyond_them(p, q, expected)
     found = claims(rollouts=rollouts, counterfactual=counterfactual).set_index("claim")
     assert found.verdict["C7"] == expected
     assert abs(found.estimate["C7 beyond the null"]) < 0.03
+    assert abs(found.estimate["C7 beyond forgiveness"]) < 0.03
     assert found.paper["C7"] == "0.65–1.00 vs 0.34–0.43"
 
 
@@ -155,6 +156,8 @@ def test_c8_and_c9_compare_with_outcome_only():
     arms = {"outcome": (0.5, 0.9), "alpha_0.5": (0.95, 0.9), "alpha_1": (0.9, 0.5), "validity": (0.95, 0.9)}
     found = verdicts(rl_rows=responses(START | arms))
     assert [found[claim] for claim in ("C8", "C8 interior", "C9")] == ["reproduced"] * 3
+    assert found["C8 graded"] == "inconclusive"
+    assert verdicts(rl_rows=responses(START | arms | {"graded_1": (0.95, 0.9)}))["C8 graded"] == "reproduced"
     arms = {"outcome": (0.95, 0.9), "alpha_0.5": (0.5, 0.9), "alpha_1": (0.5, 0.5), "validity": (0.5, 0.9)}
     found = verdicts(rl_rows=responses(START | arms))
     assert [found[claim] for claim in ("C8", "C8 interior", "C9")] == ["not reproduced"] * 3
@@ -164,7 +167,9 @@ def test_c8_and_c9_compare_with_outcome_only():
 def test_x2_compares_routed_credit_with_the_best_mixture(rates, expected):
     mixed = START | {"outcome": (0.5, 0.9), "alpha_0.5": (0.6, 0.9), "alpha_1": (0.4, 0.5)}
     assert verdicts(rl_rows=responses(mixed | {"span_routed": rates}))["X2"] == expected
-    assert claims(rl_rows=responses(mixed)).set_index("claim").n["X2"] == 0
+    assert verdicts(rl_rows=responses(mixed | {"span_routed": rates}))["X2 routed"] == expected
+    assert verdicts(rl_rows=responses(mixed | {"reweighted_0.5": rates}))["X2 re-weighted"] == expected
+    assert set(claims(rl_rows=responses(mixed)).set_index("claim").n[["X2", "X2 routed", "X2 re-weighted"]]) == {0}
 
 
 def test_the_negative_control_is_no_candidate_for_c9():
@@ -174,16 +179,37 @@ def test_the_negative_control_is_no_candidate_for_c9():
 
 @pytest.mark.parametrize(("order", "expected"), [(1, "reproduced"), (-1, "not reproduced")])
 def test_c10_ranks_surrogates(order, expected):
-    names = ["validity", "group_agreement", "solver_blindfold", "answer_consistency"]
-    rates = dict(zip(names, [(0.2, 1.0), (0.45, 1.0), (0.7, 1.0), (0.95, 1.0)], strict=True))
+    names = [*module.CANDIDATES, "answer_consistency"]
+    rates = dict(zip(names, [(0.1 + 0.15 * k, 1.0) for k in range(6)], strict=True))
     rows = responses({"outcome": (0.3, 1.0)} | rates)
-    scores = screening(dict(zip(names, np.linspace(0.1, 0.9, 4)[::order], strict=True)))
+    scores = screening(dict(zip(names, np.linspace(0.1, 0.9, 6)[::order], strict=True)))
     found = claims(rl_rows=rows, screening=scores).set_index("claim").loc["C10"]
-    assert (found.estimate, found.n, found.verdict) == (order, 4, expected)
+    assert (found.estimate, found.n, found.verdict) == (pytest.approx(order), 6, expected)
     three = claims(rl_rows=rows, screening=scores.iloc[:3]).set_index("claim").loc["C10"]
-    assert (three.estimate, three.n, three.verdict) == (order, 3, "inconclusive")
+    assert (three.estimate, three.n, three.verdict) == (pytest.approx(order), 3, "inconclusive")
     one = claims(rl_rows=rows, screening=scores.iloc[:1]).set_index("claim").loc["C10"]
     assert (one.n, one.verdict) == (0, "inconclusive")
+
+
+def test_c10_takes_more_than_a_lucky_order():
+    """One swap of neighbours among six is still settled; two far out of place are not."""
+    names = [*module.CANDIDATES, "answer_consistency"]
+    rows = responses({"outcome": (0.3, 1.0)} | {name: (0.1 + 0.15 * k, 1.0) for k, name in enumerate(names)})
+    for ranks, expected in (([1, 2, 3, 4, 6, 5], "reproduced"), ([3, 2, 1, 5, 4, 6], "inconclusive")):
+        scores = screening({name: rank / 10 for name, rank in zip(names, ranks, strict=True)})
+        assert verdicts(rl_rows=rows, screening=scores)["C10"] == expected
+
+
+def test_the_best_arm_is_chosen_at_other_seeds():
+    """Each of five equal arms has one seed at which it is much better: luck of that training, and not credited."""
+    arms = [f"lambda_0.{k}" for k in range(5)]
+    rows = []
+    for seed in range(5):
+        rates = {arm: (0.9 if k == seed else 0.5, 1.0) for k, arm in enumerate(arms)} | {"token_averaged": (0.5, 1.0)}
+        rows.append(responses(rates, problems=100, stream=seed).assign(seed=seed))
+    rows = pd.concat(rows)
+    assert module.best_against(rows, arms, ["token_averaged"], 10).estimate < 5
+    assert module.best_against(rows[rows.seed == 0], arms, ["token_averaged"], 10).estimate > 20
 
 
 def test_only_claims_whose_tables_are_given_are_made_and_arms_not_run_are_inconclusive():

@@ -7,7 +7,8 @@ from synthetic import responses, split
 
 from asym import coupling, stats
 
-COLUMNS = ["task", "family", "arm", "reading", "scope", "pair", "r", "low", "high", "n", "seeds", "p", "q", "null"]
+COLUMNS = ["task", "family", "arm", "reading", "scope", "pair", "r", "low", "high", "n", "seeds", "p", "q"]
+COLUMNS += ["f", "null", "forgiving"]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,11 @@ def test_a_rollout_given_twice_is_refused(rollouts):
 def test_the_gap_is_the_difference_of_the_two_correlations(rollouts):
     table = coupling.coupling_table(*rollouts)
     rows = table[(table.reading == "counterfactual") & (table.scope == "pooled")].set_index("pair")
-    gap, beyond = coupling.coupling_gap(coupling.counterfactual_reading(*rollouts))
+    gap, beyond, beyond_forgiveness = coupling.coupling_gap(coupling.counterfactual_reading(*rollouts))
     assert gap.estimate == pytest.approx(rows.r["outcome~reasoning"] - rows.r["outcome~perception"], abs=1e-5)
     null = rows.null["outcome~reasoning"] - rows.null["outcome~perception"]
     assert beyond.estimate == pytest.approx(gap.estimate - null, abs=1e-5)
+    assert beyond_forgiveness == beyond  # nothing is forgiven here
     assert gap.low > 0  # p > q: base rates alone make the outcome follow reasoning
     assert beyond.low < 0.01
     assert beyond.high > -0.01
@@ -65,6 +67,29 @@ def test_the_gap_is_the_difference_of_the_two_correlations(rollouts):
 def test_base_rates_alone_decide_the_sign_of_the_gap():
     sees_worse = coupling.counterfactual_reading(*split(responses({"start": (0.4, 0.8)}, rollouts=4)))
     assert coupling.coupling_gap(sees_worse)[0].high < 0
+
+
+def test_a_null_that_forgives_explains_what_forgiveness_does():
+    """Right answers to a third of the wrong perceptions, whatever the reasoning: beyond one null, not the other."""
+    end_to_end, counterfactual = split(responses({"start": (0.5, 0.5)}, problems=400, rollouts=8))
+    lucky = np.random.default_rng(1).random(len(end_to_end)) < 1 / 3
+    end_to_end = end_to_end.assign(a=end_to_end.a.mask(lucky & (end_to_end.a_p == 0), 1.0))
+    _, beyond, beyond_forgiveness = coupling.coupling_gap(coupling.counterfactual_reading(end_to_end, counterfactual))
+    assert beyond.low > 0.1
+    assert beyond_forgiveness.low < 0 < beyond_forgiveness.high
+    table = coupling.coupling_table(end_to_end, counterfactual)
+    assert table.f.iloc[0] == pytest.approx(1 / 3, abs=0.05)
+    seen = table[(table.reading == "counterfactual") & (table.scope == "pooled")]
+    assert ((seen.low < seen.forgiving) & (seen.forgiving < seen.high)).all()
+
+
+def test_training_problems_of_two_seeds_are_different_problems():
+    rows = pd.concat(
+        [responses({"start": (0.5, 0.5)}, problems=20, rollouts=4, stream=s).assign(seed=s) for s in (0, 1)]
+    )
+    drawn = rows.assign(problem_id="sudoku/train_rl/" + rows.problem_id)
+    assert set(coupling.coupling_table(*split(rows), 50).n) == {20}
+    assert set(coupling.coupling_table(*split(drawn), 50).n) == {40}
 
 
 def test_constant_successes_have_no_correlation():
@@ -143,34 +168,27 @@ def test_across_checkpoints_the_null_is_the_product_and_token_averaging_stands_a
         assert table.null["token_averaged", pair] > table.null["all arms", pair]
 
 
-def of_grpo(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
+def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
     """Rollouts by arm: rates of perception, of outcome, and of a surrogate that wrong perceptions earn as well."""
     rng, rows = np.random.default_rng(0), []
     for arm, (sees, solves, earns) in rates.items():
-        for step in range(4):
-            for problem in range(50):
-                a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
-                about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "step": step}
-                about |= {"problem_id": f"{step}-{problem}", "a": a, "a_p": a_p, "validity": surrogate}
-                rows.append(pd.DataFrame(about))
+        for problem in range(100):
+            a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
+            about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "problem_id": f"test-{problem}"}
+            rows.append(pd.DataFrame(about | {"a": a, "a_p": a_p, "validity": surrogate}))
     return pd.concat(rows, ignore_index=True)
 
 
 def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
-    rollouts = of_grpo({"outcome": (0.4, 0.4, 0.3), "validity": (0.4, 0.4, 0.6)})
-    table = coupling.hacking(rollouts, ["validity"], 200).set_index("gain")
-    late = rollouts[rollouts.step >= 2].groupby("arm")[["validity", "a_p"]].mean()
-    assert table.estimate["surrogate"] == pytest.approx(100 * (late.validity["validity"] - late.validity["outcome"]))
-    assert table.low["surrogate"] > 20
-    assert table.low["a_p"] < 0 < table.high["a_p"]
-    assert table.low["fooled"] > 0
+    rollouts = finals({"start": (0.4, 0.3, 0.3), "outcome": (0.4, 0.4, 0.3), "validity": (0.4, 0.4, 0.6)})
+    table = coupling.hacking(rollouts, ["validity", "group_agreement"], 200).set_index(["over", "gain"])
+    means = rollouts.groupby("arm")[["validity", "a_p", "a"]].mean()
+    for over in ("start", "outcome"):
+        gained = 100 * (means.loc["validity"] - means.loc[over])
+        assert table.estimate[over, "surrogate"] == pytest.approx(gained.validity, abs=1e-4)
+        assert table.estimate[over, "a"] == pytest.approx(gained.a, abs=1e-4)
+        assert table.low[over, "surrogate"] > 20
+        assert table.low[over, "a_p"] < 0 < table.high[over, "a_p"]
+        assert table.low[over, "fooled"] > 0
     assert set(table.n) == {100}
-
-
-def test_a_surrogate_that_outcome_only_was_not_asked_for_has_no_gain_of_its_own():
-    rollouts = of_grpo({"outcome": (0.4, 0.4, 0.3), "validity": (0.8, 0.4, 0.6)})
-    rollouts.loc[rollouts.arm == "outcome", "validity"] = np.nan
-    table = coupling.hacking(rollouts, ["validity"], 200).set_index("gain")
-    assert table.n[["surrogate", "fooled"]].tolist() == [0, 0]
-    assert table.estimate[["surrogate", "fooled"]].isna().all()
-    assert table.low["a_p"] > 20
+    assert set(table.arm) == {"validity"}  # the other one was not trained

@@ -127,7 +127,7 @@ def test_the_table_tells_aligned_rewards_from_noise():
         lucky = rng.integers(2)
         for rollout, right in enumerate((1.0, 0.0)):
             gradient = right * ideal + rng.normal(0, 0.5 / 64, SKETCH)
-            about = {"problem_id": problem, "rollout": rollout, "whole": gradient, "seen": gradient}
+            about = {"problem_id": str(problem), "rollout": rollout, "whole": gradient, "seen": gradient}
             paid = {"perception": right, "same": 3 * right, "against": -right, "luck": float(rollout == lucky)}
             records.append(about | paid)
     gradients = pd.DataFrame(records).assign(task="sudoku", family="f", seed=0)
@@ -141,7 +141,7 @@ def test_the_table_tells_aligned_rewards_from_noise():
     assert found.high["signal_to_noise", "against"] < -10
     assert found.low["signal_to_noise", "luck"] < 0 < found.high["signal_to_noise", "luck"]
     assert found.n["cosine", "same"] == 200
-    assert found.n["signal_to_noise", "same"] == 100
+    assert found.n["signal_to_noise", "same"] == 200
 
 
 def test_a_policy_gradient_is_the_advantages_times_the_gradients():
@@ -162,7 +162,7 @@ def test_the_yardstick_is_made_of_other_problems_than_it_judges():
     """A perception gradient of pure noise has no signal of its own, however well it fits itself."""
     noise = np.random.default_rng(0).normal(size=(120, SKETCH))
     rows = [
-        {"problem_id": k // 2, "rollout": k % 2, "whole": g, "seen": g, "perception": float(k % 2)}
+        {"problem_id": str(k // 2), "rollout": k % 2, "whole": g, "seen": g, "perception": float(k % 2)}
         for k, g in enumerate(noise)
     ]
     table = gradient_table(pd.DataFrame(rows).assign(task="sudoku", family="f", seed=0), ["perception"], 200)

@@ -5,7 +5,7 @@ from matplotlib.colors import same_color
 from PIL import Image
 from synthetic import responses, split
 
-from asym import claims, coupling, figures, stats
+from asym import claims, figures, stats
 
 pytestmark = pytest.mark.usefixtures("drawing")
 
@@ -53,14 +53,14 @@ def test_accuracy_bars_are_as_high_as_the_table_says(tasks):
     assert [ax.get_title() for ax in fig.axes] == [figures.TASKS[task] for task in tasks]
     estimates = table.set_index(["task", "arm", "measure"]).estimate
     for ax, task in zip(fig.axes, tasks, strict=True):
-        assert ax.get_ylabel() == "accuracy (points)"
-        names = [label.get_text() for label in ax.get_xticklabels()]
-        assert names == ["base", "token-\naveraged", "λ\u00a0=\u00a00.5", "NGDiff"]
+        assert ax.get_xlabel() == "accuracy (points)"
+        names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+        assert names == ["base", "token-averaged", "λ = 0.5", "NGDiff"]
         for bars, measure, color in zip(
             ax.containers, ["a_p", "a_r", "a"], [figures.PERCEPTION, figures.REASONING, figures.END_TO_END], strict=True
         ):
             for bar, arm in zip(bars, ["base", "token_averaged", "lambda_0.5", "ngdiff"], strict=True):
-                assert bar.get_height() == pytest.approx(estimates[task, arm, measure])
+                assert bar.get_width() == pytest.approx(estimates[task, arm, measure])
                 assert same_color(bar.get_facecolor(), color)
     assert [text.get_text() for text in fig.legends[0].texts] == ["perception", "reasoning", "end to end"]
 
@@ -69,9 +69,9 @@ def test_gain_bars_show_paired_gains():
     table = stats.gains(evaluated(seeds=(0, 1)), "base")
     fig = figures.gain_bars(table, "base")
     assert "Gain over base (30 problems, 2 seeds)" in fig.get_suptitle()
-    heights = [bar.get_height() for bar in fig.axes[0].containers[0]]
+    lengths = [bar.get_width() for bar in fig.axes[0].containers[0]]
     expected = table[(table.task == "sudoku") & (table.measure == "a_p")].set_index("arm").estimate
-    assert heights == pytest.approx(list(expected[["token_averaged", "lambda_0.5", "ngdiff"]]))
+    assert lengths == pytest.approx(list(expected[["token_averaged", "lambda_0.5", "ngdiff"]]))
 
 
 def test_eight_arms_are_drawn_in_order():
@@ -140,23 +140,6 @@ def test_shares_are_dots_at_one_step_and_lines_over_several():
     )
     assert sorted(texts(curves)) == ["gradient", "loss", "tokens"]
     assert fig.get_supylabel() == "share (%)"
-
-
-@pytest.mark.parametrize("arms", [["start"], ["start", "base"]])
-def test_coupling_is_drawn_beside_the_null(arms):
-    rollouts = split(evaluated(arms=dict.fromkeys(arms, (0.6, 0.5)), rollouts=4))
-    table = coupling.coupling_table(*rollouts, resamples=50)
-    fig = figures.coupling_vs_null(table)
-    ax = fig.axes[0]
-    assert ax.get_xlabel() == "correlation r"
-    assert len(ax.get_yticks()) == 4 * len(arms)
-    first = table[(table.task == "sudoku") & (table.arm == figures.ordered(arms)[0])]
-    first = first[(first.reading == "counterfactual") & (first.scope == "pooled")].set_index("pair")
-    measured, null = ax.lines[:2]
-    assert measured.get_xdata()[0] == first.r["outcome~perception"]
-    assert null.get_xdata()[0] == first.null["outcome~perception"]
-    assert same_color(measured.get_color(), figures.PERCEPTION)
-    assert same_color(ax.lines[2].get_color(), figures.REASONING)
 
 
 def test_claims_are_drawn_by_unit_and_verdict():

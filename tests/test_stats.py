@@ -165,6 +165,16 @@ def test_null_correlations_agree_with_the_covariances(p, q):
         assert (reasoning > perception) == (p > q)
 
 
+def test_the_forgiving_null_agrees_with_simulation_and_forgives_nothing_at_rate_zero():
+    rng = np.random.default_rng(7)
+    a_p, a_r, lucky = (rng.random(400_000) < rate for rate in (0.4, 0.8, 0.3))
+    a = np.where(a_p, a_r, lucky)
+    expected = stats.null_correlations(0.4, 0.8, 0.3)
+    assert np.corrcoef(a, a_p)[0, 1] == pytest.approx(expected[0], abs=0.01)
+    assert np.corrcoef(a, a_r)[0, 1] == pytest.approx(expected[1], abs=0.01)
+    assert stats.null_correlations(0.4, 0.8, 0.0) == stats.null_correlations(0.4, 0.8)
+
+
 def test_null_correlations_agree_with_simulation_and_are_undefined_for_constants():
     rng = np.random.default_rng(7)
     a_p, a_r = rng.random(200_000) < 0.4, rng.random(200_000) < 0.8

@@ -1,9 +1,10 @@
 import pandas as pd
 import pytest
-from synthetic import responses
+from matplotlib.colors import same_color
+from synthetic import responses, split
 from test_figures import TASKS, evaluated, line, texts
 
-from asym import figures, stats, trends
+from asym import coupling, figures, stats, trends
 from asym.imbalance import distinct, dose_response, share_predicts_lag
 
 pytestmark = pytest.mark.usefixtures("drawing")
@@ -83,6 +84,24 @@ def test_the_frontier_puts_every_arm_at_its_weight():
     assert texts(top) == ["token-averaged", "NGDiff"]
     assert line(bottom, figures.PERCEPTION).get_xdata().tolist() == [0.1, 0.5]
     assert bottom.get_xlabel() == "weight of perception λ"
+
+
+@pytest.mark.parametrize("arms", [["start"], ["start", "base"]])
+def test_coupling_is_drawn_beside_the_null(arms):
+    rollouts = split(evaluated(arms=dict.fromkeys(arms, (0.6, 0.5)), rollouts=4))
+    table = coupling.coupling_table(*rollouts, resamples=50)
+    fig = trends.coupling_vs_null(table)
+    ax = fig.axes[0]
+    assert ax.get_xlabel() == "correlation r"
+    assert len(ax.get_yticks()) == 4 * len(arms)
+    first = table[(table.task == "sudoku") & (table.arm == figures.ordered(arms)[0])]
+    first = first[(first.reading == "counterfactual") & (first.scope == "pooled")].set_index("pair")
+    measured, null, forgiving = ax.lines[:3]
+    assert measured.get_xdata()[0] == first.r["outcome~perception"]
+    assert null.get_xdata()[0] == first.null["outcome~perception"]
+    assert forgiving.get_xdata()[0] == first.forgiving["outcome~perception"]
+    assert same_color(measured.get_color(), figures.PERCEPTION)
+    assert same_color(ax.lines[3].get_color(), figures.REASONING)
 
 
 def test_the_null_map_is_dark_only_where_both_ranges_hold():
