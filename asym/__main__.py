@@ -170,7 +170,7 @@ def _claims(args: argparse.Namespace) -> int:
     from asym.runs import repo_root, write_csv
     from asym.study import renew_manifest, write_readme
 
-    results = Path(args.results)
+    results = Path(args.results).resolve()
     table = recompute(results)
     write_csv(results / "tables" / "claims.csv", table)
     renew_manifest(results)

@@ -26,6 +26,7 @@ from asym.runs import read_manifest, write_csv
 from asym.stats import UNTESTED, Estimate, difference_of_gains, paired_difference
 
 COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "by_seed", "paper", "verdict"]
+# "yes" where it is not here: stated without a figure
 PAPER = {
     "C2": "1.3 % of the loss < 2.5 % of the tokens",
     "C2 far below half": "2.5 % of the tokens",
@@ -43,7 +44,7 @@ PAPER = {
     "X2 routed": "not tested",
     "X2 re-weighted": "not tested",
     "X3": "not tested",
-}  # "yes" for the others: stated without a figure
+}
 CANDIDATES = ("self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence")
 CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
@@ -126,7 +127,7 @@ def c4(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
 def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """Along λ, a is best at neither end; from the lowest to the highest, a_p rises and a_r falls.
 
-    Token averaging is the lowest point of that curve: its λ is perception's share of the tokens.
+    Token averaging is the point of that curve with the smallest λ: perception's share of the tokens.
     """
     arms = [arm for arm in ("token_averaged", *mixtures(sft_rows, "lambda_")) if arm in set(sft_rows.arm)]
     yield "C5 interior", best_against(sft_rows, arms[1:-1], arms[:1] + arms[-1:], resamples), 0.0
@@ -208,8 +209,8 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
     """The higher a surrogate's pooled r with exact a_p, the larger its gain in a over outcome-only (Spearman's ρ).
 
     Outcome-only is the same for all of them and drops out of the ranks. What is random here are the surrogates, as
-    draws of what one might have tried: the interval is Fisher's over them, and n counts them. With fewer than four it
-    is nan.
+    draws of what one might have tried: n counts them, and the interval is over them (Fisher's z with the standard error
+    of Bonett and Wright, Psychometrika 65, 2000). With fewer than five, any order may come by chance, and it is nan.
     """
     pooled = screening[(screening.perception == "a_p") & (screening.scope == "pooled")]
     scores = pooled.set_index("surrogate").r.dropna()
@@ -218,9 +219,14 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
         yield "C10", UNTESTED, 0.0
         return
     a = stats.select(rl_rows[rl_rows.arm.isin(arms)], "a").groupby("arm").value.mean()
-    rho = scipy.stats.pearsonr(scipy.stats.rankdata(scores[arms]), scipy.stats.rankdata(a[arms]))
-    low, high = rho.confidence_interval() if len(arms) >= 4 else (np.nan, np.nan)
-    yield "C10", Estimate(float(rho.statistic), float(low), float(high), len(arms), rl_rows.seed.nunique()), 0.0
+    varied = scores[arms].nunique() > 1 < a[arms].nunique()
+    rho = float(scipy.stats.spearmanr(scores[arms], a[arms]).statistic) if varied else np.nan
+    low = high = np.nan
+    if len(arms) >= 5:
+        error = scipy.stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (len(arms) - 3))
+        with np.errstate(divide="ignore"):  # ρ = 1 lies at infinity, and stays 1
+            low, high = np.tanh(np.arctanh(round(rho, 12)) + error * np.array([-1, 1]))
+    yield "C10", Estimate(rho, float(low), float(high), len(arms), rl_rows.seed.nunique()), 0.0
 
 
 def x2(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
@@ -265,8 +271,9 @@ def claims(
     """One line per claim × task × family, in `COLUMNS`; claims that need a table that is None are left out.
 
     `sft_rows` hold the arms base, token_averaged, lambda_…, ngdiff, perception_first; `rl_rows` start, outcome,
-    alpha_…, span_routed and surrogates; `rollouts` and `counterfactual` those of the arm start; `dose_rows`
-    token_averaged and ngdiff, with axis and level; `imbalance` and `screening` are the tables of those names.
+    alpha_…, graded_…, span_routed, reweighted_… and surrogates; `rollouts` and `counterfactual` those of the arm start;
+    `dose_rows` token_averaged and ngdiff, with axis and level; `imbalance` and `screening` are the tables of those
+    names.
     """
     given = {"sft_rows": sft_rows, "rl_rows": rl_rows, "imbalance": imbalance}
     given |= {"rollouts": rollouts, "counterfactual": counterfactual, "screening": screening}
@@ -297,7 +304,7 @@ def _by_seed(test: Callable[..., Iterator[Part]], tables: list[pd.DataFrame]) ->
         for claim, estimate, _ in test(*of_seed, resamples=2):  # their intervals are not used
             digits = 2 if claim in CORRELATIONS else 1
             found.setdefault(claim, []).append(f"{estimate.estimate:.{digits}f}")
-    return {claim: ", ".join(values) for claim, values in found.items()}
+    return {claim: ", ".join(values) for claim, values in found.items() if set(values) != {"nan"}}
 
 
 def recompute(results: Path) -> pd.DataFrame:

@@ -132,25 +132,25 @@ def gradient_table(gradients: pd.DataFrame, rewards: Sequence[str], resamples: i
     Returns:
         task, family, reward, measure, estimate, low, high, n, seeds. Measures: `cosine`, of the two gradients summed
         over the same rollouts, whose noise they share; `signal_to_noise`, mean / standard deviation over the prompt
-        groups of the reward's gradient through the perception tokens, projected on the perception gradient of the half
-        of the problems that the group is not in. (Leaving out just the problem itself would not do: all projections
-        would then share each other's noise.)
+        groups of every other problem of the reward's gradient through the perception tokens, projected on the
+        perception gradient of the problems in between. (Leaving out just the problem itself would not do, nor letting
+        either half judge the other: projections would then share each other's noise.)
     """
     records = []
     for (task, family), part in gradients.groupby(["task", "family"]):
         groups = [group for _, group in part.groupby(["seed", "problem_id"])]
         where = pd.DataFrame([{"seed": g.seed.iloc[0], "problem": stats.own_problems(g).iloc[0]} for g in groups])
         ideal = _summed(groups, "perception", "seen")
-        half = where.groupby("seed").cumcount() % 2  # each half of the problems is judged by the other's direction
-        sums = {key: ideal[index].sum(0) for key, index in where.groupby(["seed", half]).indices.items()}
-        towards = [sums.get((seed, 1 - own), np.zeros(SKETCH)) for seed, own in zip(where.seed, half, strict=True)]
-        towards = np.stack([g / max(np.linalg.norm(g), 1e-30) for g in towards])
+        judge = where.groupby("seed").cumcount() % 2 == 0  # half of the problems give the direction, half are judged
+        sums = {seed: ideal[judge & (where.seed == seed)].sum(0) for seed in where.seed.unique()}
+        towards = np.stack([sums[seed] / max(np.linalg.norm(sums[seed]), 1e-30) for seed in where.seed])
+        judged = where[~judge]
         for reward in rewards:
             both = np.concatenate([_summed(groups, reward, "whole"), ideal], 1)
             cosine = stats.bootstrap(stats.cells(both, where.problem, where.seed), _cosine, resamples)
-            along = (_summed(groups, reward, "seen") * towards).sum(1)
+            along = (_summed(groups, reward, "seen") * towards).sum(1)[~judge]
             moments = np.stack([np.ones_like(along), along, along**2], 1)
-            signal = stats.bootstrap(stats.cells(moments, where.problem, where.seed), _ratio, resamples)
+            signal = stats.bootstrap(stats.cells(moments, judged.problem, judged.seed), _ratio, resamples)
             for measure, estimate in (("cosine", cosine), ("signal_to_noise", signal)):
                 about = {"task": task, "family": family, "reward": reward, "measure": measure}
                 records.append(about | vars(estimate))

@@ -165,9 +165,9 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
         if row == "a":
             averaged = here.arm == "token_averaged"
             for arm in here[(~on_line | averaged) & (here.measure == "a")].itertuples():
-                below, lower = (0, -8), arm.arm == "token_averaged"
-                place, offset = (arm.low, below) if lower else (arm.high, (0, 8))
-                sides = {"ha": "left" if lower else "center", "va": "top" if lower else "bottom"}
+                below = arm.arm == "token_averaged"  # at the left edge, and its line goes up
+                place, offset = (arm.low, (0, -8)) if below else (arm.high, (0, 8))
+                sides = {"ha": "left" if below else "center", "va": "top" if below else "bottom"}
                 ax.annotate(
                     figures.display(arm.arm),
                     (arm.weight, place),

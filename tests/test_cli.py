@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from synthetic import responses
 
 from asym import study
 from asym.__main__ import main
-from asym.runs import repo_root
+from asym.claims import read_claims
+from asym.params import Params
+from asym.runs import read_manifest, repo_root, write_json, write_parquet
 from asym.study import NotebookError
 
 GRID = "[[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]]"
@@ -141,3 +144,16 @@ def test_help(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert "usage: python -m asym" in capsys.readouterr().out
+
+
+def test_claims_are_recomputed_from_stored_rows(tmp_path, capsys):
+    results = tmp_path / "results" / "tiny"
+    write_parquet(results / "rows" / "sft.parquet", responses({"base": (0.3, 0.1), "token_averaged": (0.4, 0.9)}))
+    write_json(results / "manifest.json", {"study": "tiny", "complete": True, "params": Params().model_dump()})
+    assert main(["claims", str(results)]) == 0
+    assert "reproduced" in capsys.readouterr().out
+    assert read_claims(results / "tables" / "claims.csv").set_index("claim").verdict["C1"] == "reproduced"
+    renewed = read_manifest(results)
+    assert set(renewed["files"]) == {"results/tiny/rows/sft.parquet", "results/tiny/tables/claims.csv"}
+    assert renewed["complete"]
+    assert main(["claims", str(tmp_path)]) == 2

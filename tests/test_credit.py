@@ -141,7 +141,7 @@ def test_the_table_tells_aligned_rewards_from_noise():
     assert found.high["signal_to_noise", "against"] < -10
     assert found.low["signal_to_noise", "luck"] < 0 < found.high["signal_to_noise", "luck"]
     assert found.n["cosine", "same"] == 200
-    assert found.n["signal_to_noise", "same"] == 200
+    assert found.n["signal_to_noise", "same"] == 100
 
 
 def test_a_policy_gradient_is_the_advantages_times_the_gradients():
