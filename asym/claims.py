@@ -36,10 +36,10 @@ PAPER = {
     "C7 beyond the null": "not given",
     "C7 beyond forgiveness": "not given",
     "C8": "up to +6.0",
+    "C8 graded": "not given",
     "C9": "up to +3.2",
     "X1": "not tested",
     "X1 perception lags": "not tested",
-    "C8 graded": "not given",
     "X2": "not tested",
     "X2 routed": "not tested",
     "X2 re-weighted": "not tested",
@@ -50,12 +50,8 @@ CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in 
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
 QUARTER = 25.0  # points: a share below one half by more than this is "far below"
 
-CORRELATIONS = (
-    "C7",
-    "C7 beyond the null",
-    "C7 beyond forgiveness",
-    "C10",
-)  # their estimates are r or ρ, the others' points
+# Their estimates are r or ρ, the others' points
+CORRELATIONS = ("C7", "C7 beyond the null", "C7 beyond forgiveness", "C10")
 
 Part = tuple[str, Estimate, float]  # claim, estimate, threshold
 
