@@ -89,6 +89,8 @@ def _plan(args: argparse.Namespace) -> int:
     studies = [Params.load(path, dict(args.set)) for path in args.params]
     from asym.plan import plan, summary
 
+    if args.measure:
+        return _measure(studies, args.write)
     if args.write:
         from asym.runs import repo_root, write_csv
         from asym.study import write_readme
@@ -102,6 +104,21 @@ def _plan(args: argparse.Namespace) -> int:
         table = plan(p)
         table["value"] = table["value"].map("{:,.4g}".format)
         print(p.study, table.to_string(index=False), sep="\n")
+    return 0
+
+
+def _measure(studies: list[Params], write: bool) -> int:
+    import pandas as pd
+
+    from asym.runs import repo_root, write_csv
+    from asym.study import write_readme
+    from asym.trial import trial
+
+    table = pd.concat([trial(p) for p in studies], ignore_index=True)
+    if write:
+        write_csv(repo_root() / "results" / "plan" / "measured.csv", table)
+        write_readme(repo_root())
+    print(table.to_string(index=False, na_rep="", float_format="{:,.4g}".format))
     return 0
 
 
@@ -240,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="what a study will need", description=_PLAN, formatter_class=_Verbatim)
     plan.add_argument("params", nargs="+", help="parameter files of studies")
-    plan.add_argument("--write", action="store_true", help="a line each instead, into results/plan and the README")
+    plan.add_argument("--write", action="store_true", help="into results/plan and the README, a line for each study")
+    plan.add_argument("--measure", action="store_true", help="run a few steps here instead, with random weights")
     _add_set(plan, "lora_rank=16 sft_batch=4")
     plan.set_defaults(command=_plan)
 
@@ -307,7 +325,10 @@ Execute the notebooks in order with the parameters of a file and write results/<
 Finished arms in runs/ are reused: repeating an interrupted run resumes it."""
 _PLAN = """\
 Print what a study will need before any of it: parameters, tokens, memory, work, and a time on some GPUs. All of it is
-arithmetic on parameters and model sizes; the column `how` says how, and what is assumed. Nothing is loaded."""
+arithmetic on parameters and model sizes; the column `how` says how, and what is assumed. Nothing is loaded.
+
+With --measure a few steps of SFT, of RL and of writing run on the GPU at hand, beside what is planned of them: with
+random weights in the model's sizes, on responses as long as they may be. Nothing is downloaded."""
 _TRAIN = """\
 Train one arm on each task and seed of a study, and what it starts from, as far as `runs/` has not got it; prints the
 checkpoints. The notebooks find it there. On several GPUs:

@@ -84,7 +84,7 @@ class _Clock(TrainerCallback):
         self.ends = []
 
     def on_step_end(self, *args, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
     @property
     def seconds(self) -> float:
@@ -199,14 +199,22 @@ def clocked(trainer: Trainer) -> tuple[Trainer, _Clock]:
     return trainer, clock
 
 
-def matrix_peak(width: int) -> float:
+def now() -> float:
+    """Seconds on a clock, once all that a GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_peak(width: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> float:
     """FLOP/s of products of the sizes that training has: (4096, width) by (width, 3 width)."""
-    a, b = torch.randn(4096, width), torch.randn(width, 3 * width)
+    a = torch.randn(4096, width, dtype=dtype, device=device)
+    b = torch.randn(width, 3 * width, dtype=dtype, device=device)
     times = []
     for _ in range(50):
-        begin = time.perf_counter()
+        begin = now()
         a @ b
-        times.append(time.perf_counter() - begin)
+        times.append(now() - begin)
     return 2 * a.numel() * b.shape[1] / median(times)
 
 
@@ -279,13 +287,13 @@ def rl_lines(p: Params, start: Run, task: str, rounds: int, scratch: Path) -> li
     return lines
 
 
-def memory_bandwidth() -> float:
+def memory_bandwidth(device: str | torch.device = "cpu") -> float:
     """Bytes per second that a sum over much memory reads."""
-    much, times = torch.ones(2**26), []
+    much, times = torch.ones(2**30 if torch.device(device).type == "cuda" else 2**26, device=device), []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = now()
         much.sum()
-        times.append(time.perf_counter() - begin)
+        times.append(now() - begin)
     return much.numel() * 4 / median(times)
 
 

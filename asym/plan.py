@@ -55,10 +55,10 @@ CARDS = {
     LARGE: Card(80, 312, 2039, SERVER_PRICE),
     "8 x 80 GB (A100)": Card(80, 312, 2039, SERVER_PRICE, 8),
 }
-SPARING = {"eval_batch": 16, "max_new_tokens": 7168}  # at most, for a 2B model to fit the small card
+SPARING = {"eval_batch": 16, "max_new_tokens": 6656, "sft_batch": 4}  # at most, for a 2B model to fit the small card
 
 PAPERS_SHARE = 0.025  # of the tokens of a response are perception (arXiv 2605.29496)
-REACHED = 0.3  # of the peak of products, in training: assumed
+REACHED = 0.2  # of the peak of products, in training: 0.18 to 0.23 on an H100 (results/plan/measured.csv)
 STREAMED = 0.5  # of the bandwidth, in writing: assumed
 # Seconds that Python takes for a decoder layer and token, however small the batch: assumed, after Qwen's 49.94 tokens/s
 # of 24 layers on an A100 (https://qwen.readthedocs.io/en/v2.0/benchmark/speed_benchmark.html, transformers)
@@ -94,17 +94,22 @@ def config_of(p: Params) -> PretrainedConfig:
 
 
 def parameters(config: PretrainedConfig, p: Params) -> pd.Series:
-    """Numbers of parameters: language, projector, vision, embeddings (a part of language), and trained."""
+    """Numbers of parameters: language, projector, vision, embeddings (a part of language), and trained.
+
+    Also "adapted": the numbers that go into and come out of the language part's adapters for one token.
+    """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    count = dict.fromkeys((*PARTS, "embeddings", "trained"), 0)
+    count = dict.fromkeys((*PARTS, "embeddings", "trained", "adapted"), 0)
     for name, weights in model.named_parameters():
         count[models.part_of(name)] += weights.numel()
         count["embeddings"] += weights.numel() * ("embed_tokens" in name)
     lora = models.prepare_training(model, p)
     for name, module in model.named_modules():
         if lora and name in lora.target_modules:
-            count["trained"] += p.lora_rank * (module.in_features + module.out_features)
+            ends = module.in_features + module.out_features
+            count["trained"] += p.lora_rank * ends
+            count["adapted"] += ends * (models.part_of(name) == "language")
     if not lora:
         count["trained"] = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
     return pd.Series(count)
@@ -151,13 +156,14 @@ class Sizes:
         if (start := rl.like_start(p)) != p:
             self.rl_length = lengths(config, start)
         self.limit = self.length.image + self.length.prompt + p.max_new_tokens  # tokens
-        self.layers = text.num_hidden_layers
+        self.layers, self.width = text.num_hidden_layers, text.hidden_size
         self.kept = self.n.trained * (4 if p.lora_rank else size)  # bytes of trained weights; adapters are in 32 bits
         self.weights = self.n[[*PARTS]].sum() * size + (self.kept if p.lora_rank else 0)  # bytes
         # Bytes per token: keys and values; logits outside of trainers; activations, which if recomputed are those of
         # one layer and the input of every other
         self.cache = 2 * self.layers * text.num_key_value_heads * text.head_dim * size
         self.scored = SCORED * text.vocab_size
+        width += 4 * self.n.adapted / self.layers  # adapters work in 32 bits
         self.held = width * self.layers
         if p.activation_checkpointing:
             self.held = text.hidden_size * size * self.layers + width
@@ -189,7 +195,7 @@ def memory(p: Params, s: Sizes, card: Card) -> dict[str, tuple[float, str]]:
         "optimizer": (2 * s.kept, "AdamW: two numbers for each trained weight, in its format"),
         "activations, SFT": (
             max(1, p.sft_batch / card.count) * s.limit * s.held,
-            f"{WIDTHS} bytes per token, layer and unit of width in 16 bits; "
+            f"{WIDTHS} bytes per token, layer and unit of width in 16 bits, adapters' inputs and outputs in 32; "
             "no logits: on a GPU TRL's fused head computes them tile by tile",
         ),
         "activations, RL": (max(1, of_a_pass) * s.limit * s.held, "as for SFT, of the rollouts of one pass"),
@@ -291,7 +297,8 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
 def plan(p: Params) -> pd.DataFrame:
     """What the study will need: columns quantity, value, unit, how. A card that is too small has no hours (nan)."""
     s, ruled = Sizes(p), dict.fromkeys(("image", "patches"), "by the processor's rule")
-    rows = [(f"parameters: {part}", count / 1e6, "million", "counted") for part, count in s.n.items()]
+    counted = s.n.drop("adapted")
+    rows = [(f"parameters: {part}", count / 1e6, "million", "counted") for part, count in counted.items()]
     rows += [(f"tokens: {of}", n, "tokens", ruled.get(of, "counted on samples, about")) for of, n in s.length.items()]
     rows += [(f"memory: {what}", size / GB, "GB", how) for what, (size, how) in memory(p, s, CARDS[LARGE]).items()]
     how = "2 per weight or key and token forward, 2 to 6 back; without rollouts"
@@ -314,16 +321,18 @@ def summary(studies: list[Params]) -> pd.DataFrame:
 
     The small card is given the study with `SPARING` limits, without which it would be too small for any.
     """
-    spared = f"{SMALL}, " + ", ".join(f"{key} ≤ {limit}" for key, limit in SPARING.items())
+    sparing_card = f"{SMALL}, " + ", ".join(f"{key} ≤ {limit}" for key, limit in SPARING.items())
     rows = []
     for p in studies:
-        less = p.model_copy(update={key: min(limit, getattr(p, key)) for key, limit in SPARING.items()})
+        spared = {key: min(limit, getattr(p, key)) for key, limit in SPARING.items()}
+        spared["sft_accumulation"] = p.sft_batch * p.sft_accumulation // spared["sft_batch"]  # a step is as large
+        less = p.model_copy(update=spared)
         value, sparing = (plan(q).set_index("quantity")["value"] for q in (p, less))
         size = sum(value[f"parameters: {part}"] for part in PARTS) / 1000
         row = {"study": p.study, "parameters_1e9": round(size, 2)}
         row["trained_1e6"] = round(value["parameters: trained"], 1)
         row["memory_gb"] = round(value[f"memory: most at once, {LARGE}"], 1)
-        row[spared] = _in_words(sparing, SMALL)
+        row[sparing_card] = _in_words(sparing, SMALL)
         rows.append(row | {card: _in_words(value, card) for card in CARDS if card != SMALL})
     return pd.DataFrame(rows)
 

@@ -218,7 +218,7 @@ def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
     # These draw, judge and drive; what a run is told by params.py is in its config
     others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel"}
-    others |= {"params", "plan", "stats", "study", "trends"}
+    others |= {"params", "plan", "stats", "study", "trends", "trial"}
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":

@@ -1,10 +1,13 @@
-"""Several processes: a launch of two trains what one process trains, and leaves the same files."""
+"""Several processes, or a GPU: a launch trains what one process on a CPU trains, and leaves the same files."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -12,6 +15,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from asym import models
+from asym.data import build_split
+from asym.decode import complete
+from asym.params import Params
 from asym.runs import repo_root
 
 STUDY = {
@@ -37,14 +43,18 @@ STUDY = {
 }
 
 
-def launch(processes: int, arm: str, runs, **changes) -> str:
-    """The last checkpoint that `asym train` names, on so many CPU processes that talk over gloo."""
+FAMILIES = get_args(Params.model_fields["family"].annotation)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def launch(processes: int, arm: str, runs, cpu: bool = True, **changes) -> str:
+    """The last checkpoint that `asym train` names, on so many CPU processes that talk over gloo, or on a GPU."""
     settings = [f"{key}={json.dumps(value)}" for key, value in (STUDY | changes).items()]
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     command = [*launcher, "asym", "train", arm, "params/smoke.yaml", "--set", *settings]
-    around = os.environ | {"ASYM_RUNS": str(runs), "ACCELERATE_USE_CPU": "true"}
+    around = os.environ | {"ASYM_RUNS": str(runs)} | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
     done = subprocess.run(command, cwd=repo_root(), env=around, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
@@ -67,6 +77,52 @@ def test_two_processes_keep_every_rollout_once(tmp_path):
     assert len(rollouts) == 2 * 4
     assert rollouts.completion.nunique() == len(rollouts)  # no two processes draw the same
     assert not rollouts.duplicated(["step", "problem_id", "rollout"]).any()
+
+
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("arm", "changes"),
+    [
+        ("token_averaged", {}),
+        ("ngdiff", {}),
+        ("pcgrad", {}),
+        ("ngdiff", {"lora_rank": 2, "activation_checkpointing": True}),
+    ],
+)
+def test_a_gpu_trains_what_a_cpu_trains(family, arm, changes, tmp_path):
+    changes = changes | {"family": family}
+    slow = launch(1, arm, tmp_path / "cpu", **changes)
+    shutil.copytree(tmp_path / "cpu", tmp_path / "gpu", ignore=shutil.ignore_patterns("sft-*"))  # the base is the same
+    fast = launch(1, arm, tmp_path / "gpu", cpu=False, **changes)
+    assert json.loads(Path(f"{fast}/../manifest.json").read_text())["device"] != "cpu"
+    pd.testing.assert_frame_equal(
+        *(pd.read_csv(f"{path}/../metrics.csv") for path in (slow, fast)), rtol=5e-3, atol=5e-4
+    )
+
+
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arm", ["alpha_0.5", "span_routed", "reweighted_0.5", "self_blindfold"])
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "lora_rank": 2, "activation_checkpointing": True}])
+def test_a_gpu_writes_its_rollouts_and_learns_from_them(family, arm, changes, tmp_path):
+    arms = {"surrogates": ["self_blindfold"], "credits": ["span_routed", "reweighted_0.5"]}
+    checkpoint = launch(1, arm, tmp_path, cpu=False, family=family, **arms, **changes)
+    rollouts, log = (pd.read_parquet(f"{checkpoint}/../rollouts.parquet"), pd.read_csv(f"{checkpoint}/../metrics.csv"))
+    assert len(rollouts) == 2 * 4
+    assert log[["reward", "entropy"]].notna().all(axis=None)
+
+
+@gpu
+def test_a_gpu_writes_what_a_cpu_writes(vlm, tiny):
+    p, (fast, processor) = tiny(), vlm
+    slow, rows = deepcopy(fast).cpu(), build_split(p, "sudoku", "test", 0)
+    assert fast.device.type == "cuda"
+    given = (processor, rows["query"][:], rows["image"][:])
+    greedy = [complete(model, *given, max_new_tokens=16, batch=4) for model in (slow, fast)]
+    assert greedy[0] == greedy[1]
+    drawn = complete(fast, *given, max_new_tokens=16, batch=4, copies=4, temperature=1.0)
+    assert len(set(drawn)) > len(rows)
 
 
 @pytest.mark.parametrize("path", sorted(repo_root().glob("params/accelerate/*.yaml")), ids=lambda path: path.stem)
