@@ -114,11 +114,13 @@ def _measure(studies: list[Params], write: bool) -> int:
     from asym.study import write_readme
     from asym.trial import trial
 
-    table = pd.concat([trial(p) for p in studies], ignore_index=True)
+    tables = []
+    for p in studies:
+        tables.append(trial(p))
+        print(tables[-1].to_string(index=False, na_rep="", float_format="{:,.4g}".format))
     if write:
-        write_csv(repo_root() / "results" / "plan" / "measured.csv", table)
+        write_csv(repo_root() / "results" / "plan" / "measured.csv", pd.concat(tables, ignore_index=True))
         write_readme(repo_root())
-    print(table.to_string(index=False, na_rep="", float_format="{:,.4g}".format))
     return 0
 
 
@@ -257,7 +259,11 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="what a study will need", description=_PLAN, formatter_class=_Verbatim)
     plan.add_argument("params", nargs="+", help="parameter files of studies")
-    plan.add_argument("--write", action="store_true", help="into results/plan and the README, a line for each study")
+    plan.add_argument(
+        "--write",
+        action="store_true",
+        help="also into results/plan and the README; without --measure a line for each study",
+    )
     plan.add_argument("--measure", action="store_true", help="run a few steps here instead, with random weights")
     _add_set(plan, "lora_rank=16 sft_batch=4")
     plan.set_defaults(command=_plan)
@@ -327,8 +333,8 @@ _PLAN = """\
 Print what a study will need before any of it: parameters, tokens, memory, work, and a time on some GPUs. All of it is
 arithmetic on parameters and model sizes; the column `how` says how, and what is assumed. Nothing is loaded.
 
-With --measure a few steps of SFT, of RL and of writing run on the GPU at hand, beside what is planned of them: with
-random weights in the model's sizes, on responses as long as they may be. Nothing is downloaded."""
+With --measure a few steps of SFT, of RL and of writing run on the GPU at hand, their memory beside what is planned.
+Weights are random, in the model's sizes, and responses as long as they may be: no weights are downloaded."""
 _TRAIN = """\
 Train one arm on each task and seed of a study, and what it starts from, as far as `runs/` has not got it; prints the
 checkpoints. The notebooks find it there. On several GPUs:

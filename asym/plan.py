@@ -1,10 +1,10 @@
 """What a study will need: parameters, tokens, memory, work, time and cost, computed before any of it.
 
-Everything is arithmetic on the model's configuration: nothing is loaded, and nothing has been measured. What is an
-assumption is called so, here and in the column `how`. Left out of memory: the vision tower's activations, DDP's
-buckets, the allocator's waste. Left out of time: the encoding of prompts, the second pass of SFT arms that weigh
-gradients, the gradients of notebooks 2 and 4, image_dependence in an RL arm, SFT for the coupling across checkpoints,
-a longer SFT, dose and response, the base of a small model.
+Everything is arithmetic on the model's configuration: nothing is loaded, and nothing but `REACHED` has been measured
+(`trial.py` measures). What is an assumption is called so, here and in the column `how`. Left out of memory: the vision
+tower's activations, DDP's buckets, the allocator's waste. Left out of time: the encoding of prompts, the second pass of
+SFT arms that weigh gradients, the gradients of notebooks 2 and 4, image_dependence in an RL arm, SFT for the coupling
+across checkpoints, a longer SFT, dose and response, the base of a small model.
 """
 
 import re
@@ -58,7 +58,7 @@ CARDS = {
 SPARING = {"eval_batch": 16, "max_new_tokens": 6656, "sft_batch": 4}  # at most, for a 2B model to fit the small card
 
 PAPERS_SHARE = 0.025  # of the tokens of a response are perception (arXiv 2605.29496)
-REACHED = 0.2  # of the peak of products, in training: 0.18 to 0.23 on an H100 (results/plan/measured.csv)
+REACHED = 0.17  # of the data sheet's peak, in training: 0.15 to 0.19 of an H100's (989) in results/plan/measured.csv
 STREAMED = 0.5  # of the bandwidth, in writing: assumed
 # Seconds that Python takes for a decoder layer and token, however small the batch: assumed, after Qwen's 49.94 tokens/s
 # of 24 layers on an A100 (https://qwen.readthedocs.io/en/v2.0/benchmark/speed_benchmark.html, transformers)
@@ -163,7 +163,7 @@ class Sizes:
         # one layer and the input of every other
         self.cache = 2 * self.layers * text.num_key_value_heads * text.head_dim * size
         self.scored = SCORED * text.vocab_size
-        width += 4 * self.n.adapted / self.layers  # adapters work in 32 bits
+        width += 4 * self.n.adapted / self.layers * (size == 2)  # adapters work in 32 bits: copies, if others do not
         self.held = width * self.layers
         if p.activation_checkpointing:
             self.held = text.hidden_size * size * self.layers + width
@@ -228,17 +228,21 @@ def most(held: dict[str, tuple[float, str]]) -> float:
 def work(p: Params, s: Sizes) -> dict[str, float]:
     """FLOPs of training an arm, without the writing of rollouts: 2 per weight or key and token forward."""
     look = 2 * s.n.vision * s.length.patches
-    back = (2 if p.lora_rank else 4) + 2 * p.activation_checkpointing
     again = p.vllm + (p.rl_beta > 0)  # scored once more: vLLM rounds otherwise; a KL penalty compares
 
-    def products(length: pd.Series) -> float:
-        context = length.image + length.prompt + length.response
-        return (s.products + s.attention * context) * context
+    def trained(length: pd.Series, again: int = 0) -> float:
+        """Of a response: forward as often as asked, and back, where frozen weights have no gradient but keys have."""
+        context, forward = (
+            length.image + length.prompt + length.response,
+            2 + 2 * p.activation_checkpointing + 2 * again,
+        )
+        weights = (forward + (2 if p.lora_rank else 4)) * s.products
+        return (weights + (forward + 4) * s.attention * context) * context
 
     seen, rollouts = p.sft_steps * p.sft_batch * p.sft_accumulation, p.rl_steps * p.rl_prompts * p.rl_group
     return {
-        "an SFT arm": seen * ((2 + back) * products(s.length) + look),
-        "an RL arm": rollouts * ((2 + back + 2 * again) * products(s.rl_length) + (1 + again) * look),
+        "an SFT arm": seen * (trained(s.length) + look),
+        "an RL arm": rollouts * (trained(s.rl_length, again) + (1 + again) * look),
     }
 
 
@@ -297,14 +301,15 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
 def plan(p: Params) -> pd.DataFrame:
     """What the study will need: columns quantity, value, unit, how. A card that is too small has no hours (nan)."""
     s, ruled = Sizes(p), dict.fromkeys(("image", "patches"), "by the processor's rule")
-    counted = s.n.drop("adapted")
-    rows = [(f"parameters: {part}", count / 1e6, "million", "counted") for part, count in counted.items()]
+    counted = (*PARTS, "embeddings", "trained")
+    rows = [(f"parameters: {part}", s.n[part] / 1e6, "million", "counted") for part in counted]
     rows += [(f"tokens: {of}", n, "tokens", ruled.get(of, "counted on samples, about")) for of, n in s.length.items()]
     rows += [(f"memory: {what}", size / GB, "GB", how) for what, (size, how) in memory(p, s, CARDS[LARGE]).items()]
     how = "2 per weight or key and token forward, 2 to 6 back; without rollouts"
     rows += [(f"work: {arm}", flops / 1e15, "PFLOP", how) for arm, flops in work(p, s).items()]
-    how = f"assumed: training at {REACHED:.0%} of the peak; writing at {STREAMED:.0%} of the bandwidth, "
-    how += f"{1e3 * LAYER_STEP:g} ms a layer at least, {ADAPTED} times that under adapters"
+    how = f"training at {REACHED:.0%} of the peak, measured on another card; assumed: "
+    how += f"writing at {STREAMED:.0%} of the bandwidth, {1e3 * LAYER_STEP:g} ms a layer at least, "
+    how += f"{ADAPTED} times that under adapters"
     for name, card in CARDS.items():
         need, room = most(memory(p, s, card)) / GB, USED * card.memory
         fits = "fits" if need < room else f"does not fit: {room:g} GB can be used; lower eval_batch, then sft_batch"

@@ -216,9 +216,9 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 @cache
 def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
-    # These draw, judge and drive; what a run is told by params.py is in its config
+    # These draw, judge, drive and keep; what a run is told by params.py is in its config
     others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "growth", "imbalance", "parallel"}
-    others |= {"params", "plan", "stats", "study", "trends", "trial"}
+    others |= {"params", "plan", "runs", "stats", "study", "trends", "trial"}
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":

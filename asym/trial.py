@@ -1,13 +1,14 @@
-"""A few steps of a study's model on the machine at hand, beside what `plan` computes: its memory, and its assumptions.
+"""A few steps of a study's model on the machine at hand: their time, and their memory beside what `plan` computes.
 
 Weights are drawn at random in the sizes of the model, and responses are as long as the study allows: neither time nor
-memory depends on what they say. So nothing is downloaded, and what must fit is what is measured.
+memory depends on what they say. So no weights are downloaded, and what must fit is what is measured.
 """
 
 import gc
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
-from math import nan
+from math import lcm, nan
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,16 @@ from asym.balance import balance_of
 from asym.base import vocabulary
 from asym.bench import clocked, matrix_peak, memory_bandwidth, now
 from asym.data import build_split, task_of
-from asym.decode import decode
+from asym.decode import decode, known
 from asym.models import IMAGE_TOKENS
-from asym.params import Params
+from asym.params import Params, ParamsError
 from asym.rewards import LABELLED
 from asym.rl import GRPO, RolloutTrainer, as_trl, prompts
 from asym.runs import progress
 from asym.sft import SegmentCollator, SegmentSFTTrainer
-from asym.training import TRAINING
+from asym.training import TRAINING, one_gpu
 
 STEPS = 3  # of a training that is timed, the first of which does not count
-PASSES = 2  # of which a timed step of RL consists
 WRITTEN = 32  # tokens of a writing that is timed
 FILLER = " so"
 COLUMNS = ["study", "device", "quantity", "planned", "measured", "unit"]
@@ -43,21 +43,27 @@ COLUMNS = ["study", "device", "quantity", "planned", "measured", "unit"]
 def trial(p: Params) -> pd.DataFrame:
     """What steps of SFT and RL and the writing of responses take, by `COLUMNS`; memory is nan without a GPU.
 
-    "planned" is what `plan` says of it, for a card with the peak and the bandwidth that are measured here. Raises
-    ParamsError as `plan.config_of` does.
+    Memory is what tensors take at most, without the allocator's waste; of SFT, NGDiff's is the one to go by, since all
+    arms are probed that way now and then. "planned" is what `plan` says of memory, and of writing on a card with the
+    bandwidth that is measured here. A part that does not fit is named, and the others are measured.
+
+    Raises ParamsError as `plan.config_of` does, for several GPUs or processes, and if `decode` does not know the model.
     """
+    one_gpu()
+    if PartialState().num_processes > 1:
+        raise ParamsError("a trial is of one process: leave the launcher out")
     tried = _Trial(p)
-    with progress("trial", 6) as bar:
-        for measure in (tried.writing, tried.sft, tried.rl):
-            try:
-                measure(bar)
-            except torch.OutOfMemoryError:
-                tried.note(f"{measure.__name__}: does not fit", nan, nan, "")
+    with progress("trial", len(tried.parts)) as bar:
+        for part in tried.parts:
+            if not tried.fits(part):
+                tried.note(f"{part.__name__.replace('_', ' ')}: does not fit", nan, nan, "")
                 tried.begin()
-    device = torch.cuda.get_device_name() if tried.model.device.type == "cuda" else "cpu"
-    table = pd.DataFrame(tried.records, columns=COLUMNS[2:]).assign(study=p.study, device=device)
+            bar.update()
+    device = PartialState().device
+    table = pd.DataFrame(tried.records, columns=COLUMNS[2:])
     digits = {name: [float(f"{value:.3g}") for value in table[name]] for name in ("planned", "measured")}
-    return table.assign(**digits)[COLUMNS]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return table.assign(study=p.study, device=name, **digits)[COLUMNS]
 
 
 def build(p: Params) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -89,6 +95,9 @@ class _Trial:
         device, dtype, width = PartialState().device, getattr(torch, p.dtype), self.sizes.width
         peak, bandwidth = matrix_peak(width, dtype, device), memory_bandwidth(device)
         self.card = plan.Card(nan, peak / 1e12, bandwidth / plan.GB, nan)
+        self.plain = nan  # seconds of a token without adapters
+        self.parts = [self.first_tokens, self.last_tokens, self.token_averaged, self.ngdiff, self.update]
+        self.parts += [self.under_adapters] * bool(p.lora_rank)
         self.note("peak of products", nan, self.card.speed, "TFLOP/s")
         self.note("bandwidth of memory", nan, self.card.bandwidth, "GB/s")
         self.begin()
@@ -98,6 +107,16 @@ class _Trial:
         self.model = None
         self.forget()
         self.model, self.processor = build(self.p)
+        if not known(self.model):
+            raise ParamsError("a trial writes by `decode`, which knows attention = 'sdpa' of the two families only")
+
+    def fits(self, part: Callable[[], None]) -> bool:
+        """Whether this part of the trial found room; if not, what it held is let go."""
+        try:
+            part()
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def forget(self) -> None:
         gc.collect()
@@ -128,14 +147,14 @@ class _Trial:
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def token(self, context: int, room: int) -> float:
-        """Seconds in which `eval_batch` responses, with room for so many tokens, grow by one behind a longer prompt.
+        """Seconds in which responses, `at_once` of them with room for so many tokens, grow by one behind a prompt.
 
         Args:
             context: tokens of the prompt, at least; its image comes on top.
         """
         row, copies = self.rows("train_rl", 1)[0], min(self.p.rl_group, self.p.eval_batch)
         text = models.chat(self.processor, self.lengthened(row["query"], context), True)
-        n = max(1, self.p.eval_batch // copies)
+        n = self.at_once // copies
         inputs = self.processor(text=[text] * n, images=[row["image"]] * n, return_tensors="pt").to(self.model.device)
         forbidden, ends = [self.model.generation_config.eos_token_id], []
 
@@ -150,58 +169,76 @@ class _Trial:
             decode(self.model, inputs, copies, max_new_tokens=room, temperature=1.0, forbidden=forbidden)
         return float(np.median(np.diff(ends)))
 
-    def writing(self, bar) -> None:
-        """Tokens at the beginning and at the end of the longest responses."""
-        s, p, layers = self.sizes, self.p, self.sizes.layers
+    @property
+    def at_once(self) -> int:
+        """`eval_batch` responses, in whole groups, for a group's prompt is encoded once."""
+        copies = min(self.p.rl_group, self.p.eval_batch)
+        return self.p.eval_batch // copies * copies
 
-        def planned(context: float) -> float:
-            read = s.weights + p.eval_batch * (s.length.image + s.length.prompt + context) * s.cache
-            return max(read / (self.card.bandwidth * plan.GB * plan.STREAMED), layers * plan.LAYER_STEP)
+    def planned(self, context: float) -> float:
+        """Seconds that the plan gives a token behind so many."""
+        s = self.sizes
+        read = s.weights + self.at_once * (s.length.image + context) * s.cache
+        return max(read / (self.card.bandwidth * plan.GB * plan.STREAMED), s.layers * plan.LAYER_STEP)
 
-        self.plain = self.token(0, p.max_new_tokens)
-        self.note("writing: one of the first tokens", 1e3 * planned(0), 1e3 * self.plain, "ms")
-        self.note("writing: a layer of it", 1e3 * plan.LAYER_STEP, 1e3 * self.plain / layers, "ms")
+    def first_tokens(self) -> None:
+        prompt = self.sizes.length.prompt
+        self.plain = self.token(0, self.p.max_new_tokens)
+        self.note("writing: one of the first tokens", 1e3 * self.planned(prompt), 1e3 * self.plain, "ms")
         self.memory("writing", "keys and values, evaluation")
-        bar.update()
-        last = self.token(p.max_new_tokens, WRITTEN + 1)
-        self.note("writing: one of the last tokens", 1e3 * planned(p.max_new_tokens), 1e3 * last, "ms")
-        self.forget()
-        bar.update()
+
+    def last_tokens(self) -> None:
+        context = round(self.sizes.length.prompt) + self.p.max_new_tokens
+        measured = self.token(context, WRITTEN + 1)
+        self.note("writing: one of the last tokens", 1e3 * self.planned(context), 1e3 * measured, "ms")
+        self.forget()  # keys and values of so long a prompt are kept twice: no study needs that memory
+
+    def under_adapters(self) -> None:
+        if not isinstance(self.model, PeftModel):
+            return  # the update that leaves them on did not fit
+        times = self.token(0, self.p.max_new_tokens) / self.plain
+        self.note("writing: under adapters", plan.ADAPTED, times, "times as long")
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def sft(self, bar) -> None:
-        """Steps of one batch under two balances."""
+    def token_averaged(self) -> None:
+        self.sft("token_averaged")
+
+    def ngdiff(self) -> None:
+        self.sft("ngdiff")
+
+    def sft(self, arm: str) -> None:
+        """Steps of one batch."""
         rows = self.rows("train_sft", STEPS * self.p.sft_batch)
         longest = [self.lengthened(text, self.p.max_new_tokens) for text in rows["response"]]
         rows = rows.remove_columns("response").add_column("response", longest)
-        flops = plan.work(self.p.model_copy(update={"sft_steps": 1, "sft_accumulation": 1}), self.sizes)["an SFT arm"]
-        for arm in ("token_averaged", "ngdiff"):
-            with tempfile.TemporaryDirectory() as scratch:
-                trainer = SegmentSFTTrainer(
-                    model=self.model,
-                    args=SFTConfig(
-                        per_device_train_batch_size=self.p.sft_batch,
-                        max_length=None,
-                        dataset_kwargs={"skip_prepare_dataset": True},
-                        **self.arguments(scratch),
-                    ),
-                    train_dataset=rows,
-                    processing_class=self.processor,
-                    data_collator=SegmentCollator(self.processor),
-                    peft_config=models.prepare_training(self.model, self.p),
-                    balance=balance_of(arm),
-                )
-                seconds = self.trained(trainer)
-                del trainer  # with its optimizer
-            self.training(f"SFT, {arm}", flops, seconds, self.p.sft_batch, "activations, SFT")
-            bar.update()
+        one = {"sft_steps": 1, "sft_accumulation": 1}
+        flops = plan.work(self.p.model_copy(update=one), self.sizes)["an SFT arm"]
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = SegmentSFTTrainer(
+                model=self.model,
+                args=SFTConfig(
+                    per_device_train_batch_size=self.p.sft_batch,
+                    max_length=None,
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    **self.arguments(scratch),
+                ),
+                train_dataset=rows,
+                processing_class=self.processor,
+                data_collator=SegmentCollator(self.processor),
+                peft_config=models.prepare_training(self.model, self.p),
+                balance=balance_of(arm),
+            )
+            seconds = self.trained(trainer, unload=True)
+        del trainer  # with its optimizer
+        self.training(f"SFT, {arm}", flops, seconds, self.p.sft_batch, "activations, SFT")
 
-    def rl(self, bar) -> None:
-        """The update of a step, on rollouts that say nothing; then writing under the adapters of the study, if any."""
+    def update(self) -> None:
+        """The update of RL, without a KL term, on rollouts that say nothing; leaves the adapters on, if any."""
         n = max(1, self.p.rl_prompts * self.p.rl_group // self.p.rl_accumulation)  # rollouts of a pass
-        batch = max(PASSES * n, self.p.rl_group)
-        one = {"rl_steps": 1, "rl_prompts": 1, "rl_group": batch}
+        batch = lcm(n, self.p.rl_group)
+        batch *= 1 + (batch == n)  # two passes at least
+        one = {"rl_steps": 1, "rl_prompts": 1, "rl_group": batch, "rl_beta": 0.0}
         flops = plan.work(self.p.model_copy(update=one), self.sizes)["an RL arm"]
         with tempfile.TemporaryDirectory() as scratch:
             trainer = _Scripted(
@@ -211,33 +248,27 @@ class _Trial:
                     gradient_accumulation_steps=batch // n,
                     num_generations=self.p.rl_group,
                     max_completion_length=self.p.max_new_tokens,
-                    beta=self.p.rl_beta,
+                    beta=0.0,
                     **GRPO,
                     **self.arguments(scratch),
                 ),
                 reward_funcs=[as_trl(reward, task_of(self.p, self.p.tasks[0])) for reward in LABELLED],
-                train_dataset=prompts(self.rows("train_rl", max(STEPS, STEPS * batch // self.p.rl_group))),
+                train_dataset=prompts(self.rows("train_rl", STEPS * batch // self.p.rl_group)),
                 processing_class=self.processor,
                 peft_config=models.prepare_training(self.model, self.p),
             )
-            trainer.rollouts, trainer.completion = (
-                Path(scratch) / "rollouts",
-                self.lengthened("", self.p.max_new_tokens),
-            )
+            trainer.rollouts = Path(scratch) / "rollouts"
+            trainer.completion = self.lengthened("", self.p.max_new_tokens)
             seconds = self.trained(trainer, unload=False)
-            del trainer
+        del trainer
         self.training("RL, update", flops, seconds, batch, "activations, RL")
-        if self.p.lora_rank:
-            times = self.token(0, self.p.max_new_tokens) / self.plain
-            self.note("writing: under adapters", plan.ADAPTED, times, "times as long")
-        bar.update()
 
     def arguments(self, scratch: str) -> dict:
         """What both trainers are told; the first of the steps does not count."""
         told = {"output_dir": scratch, "max_steps": STEPS, "save_strategy": "no", "logging_steps": 1000}
         return told | TRAINING | {"activation_checkpointing": self.p.activation_checkpointing}
 
-    def trained(self, trainer: Trainer, unload: bool = True) -> float:
+    def trained(self, trainer: Trainer, unload: bool) -> float:
         """Seconds of a step; `model` is then the trainer's, without its adapters where they are to be unloaded."""
         trainer, clock = clocked(trainer)
         trainer.train()
@@ -247,9 +278,8 @@ class _Trial:
         return clock.seconds
 
     def training(self, kind: str, flops: float, seconds: float, responses: int, activations: str) -> None:
-        peak = self.card.speed * 1e12
-        self.note(f"{kind}: a response", flops / responses / (peak * plan.REACHED), seconds / responses, "s")
-        self.note(f"{kind}: share of the peak", plan.REACHED, flops / seconds / peak, "")
+        self.note(f"{kind}: a response", nan, seconds / responses, "s")
+        self.note(f"{kind}: share of the peak", nan, flops / seconds / (self.card.speed * 1e12), "")
         self.memory(kind, activations, "gradients", "optimizer")
 
 

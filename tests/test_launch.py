@@ -54,7 +54,9 @@ def launch(processes: int, arm: str, runs, cpu: bool = True, **changes) -> str:
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     command = [*launcher, "asym", "train", arm, "params/smoke.yaml", "--set", *settings]
-    around = os.environ | {"ASYM_RUNS": str(runs)} | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    visible = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    around = os.environ | {"ASYM_RUNS": str(runs), "CUDA_VISIBLE_DEVICES": visible}
+    around.pop("ACCELERATE_USE_CPU", None)
     done = subprocess.run(command, cwd=repo_root(), env=around, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
@@ -105,12 +107,12 @@ def test_a_gpu_trains_what_a_cpu_trains(family, arm, changes, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("arm", ["alpha_0.5", "span_routed", "reweighted_0.5", "self_blindfold"])
 @pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "lora_rank": 2, "activation_checkpointing": True}])
-def test_a_gpu_writes_its_rollouts_and_learns_from_them(family, arm, changes, tmp_path):
+def test_a_gpu_finishes_the_arms_of_rl(family, arm, changes, tmp_path):
     arms = {"surrogates": ["self_blindfold"], "credits": ["span_routed", "reweighted_0.5"]}
     checkpoint = launch(1, arm, tmp_path, cpu=False, family=family, **arms, **changes)
     rollouts, log = (pd.read_parquet(f"{checkpoint}/../rollouts.parquet"), pd.read_csv(f"{checkpoint}/../metrics.csv"))
     assert len(rollouts) == 2 * 4
-    assert log[["reward", "entropy"]].notna().all(axis=None)
+    assert log[["reward", "entropy", "grad_norm"]].notna().all(axis=None)
 
 
 @gpu

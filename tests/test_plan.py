@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pandas as pd
 import pytest
-import torch
 from peft import get_peft_model
 from PIL import Image
 from trl import GRPOConfig
@@ -12,7 +11,6 @@ from trl import GRPOConfig
 from asym import models, plan
 from asym.params import Params, ParamsError
 from asym.runs import repo_root
-from asym.trial import COLUMNS, build, trial
 
 ONE, EIGHT = plan.CARDS[plan.LARGE], plan.CARDS["8 x 80 GB (A100)"]
 FILES = [path for family in ("qwen3_vl", "internvl") for path in sorted(repo_root().glob(f"params/{family}_*.yaml"))]
@@ -217,48 +215,3 @@ def test_a_model_that_is_nowhere_is_refused(monkeypatch):
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(ParamsError, match=r"model = 'x/y': .* \(no route to the hub\).*hf download x/y"):
         plan.config_of(Params(model="x/y"))
-
-
-def test_a_trial_measures_what_is_planned(tiny):
-    """On a CPU: what it measures there says little, but that each is measured, and beside which part of the plan."""
-    p = tiny(n_train_sft=1, lora_rank=2, rl_group=2, rl_accumulation=2, eval_batch=4, max_new_tokens=40)
-    table = trial(p)
-    assert list(table) == COLUMNS
-    found = table.set_index("quantity")
-    timed = found[~found.index.str.startswith("memory")]
-    assert (timed.measured > 0).all()
-    assert found.measured[[name for name in found.index if name.startswith("memory")]].isna().all()
-    assert found.planned["SFT, ngdiff: share of the peak"] == plan.REACHED
-    assert found.planned["writing: under adapters"] == plan.ADAPTED
-    share = found.loc["RL, update: a response"]
-    assert found.measured["RL, update: share of the peak"] == pytest.approx(
-        plan.REACHED * share.planned / share.measured, rel=0.02
-    )
-    assert "writing: under adapters" not in set(trial(p.model_copy(update={"lora_rank": 0})).quantity)
-
-
-def test_a_trial_says_what_does_not_fit_and_goes_on(tiny, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr("asym.trial.decode", full)
-    found = trial(tiny(eval_batch=4, max_new_tokens=8)).set_index("quantity")
-    assert "writing: does not fit" in found.index
-    assert found.measured["SFT, ngdiff: a response"] > 0
-
-
-@pytest.mark.parametrize("name", [name for name in plan.RELEASED if "2B" in name])
-def test_a_model_in_the_sizes_of_a_release_takes_the_image_tokens_of_the_small_processor(name, monkeypatch):
-    small = plan.config_of(Params(model=name))
-    small.text_config.update({"num_hidden_layers": 1, "layer_types": ["full_attention"]})
-    small.text_config.update({"hidden_size": 64, "intermediate_size": 64, "vocab_size": 2048})
-    small.vision_config.update({"out_hidden_size": 64} if small.model_type == "qwen3_vl" else {})
-    monkeypatch.setattr(plan, "config_of", lambda p: small)
-    family = small.model_type
-    p = Params(model=name, family=family, image_size=448)
-    model, processor = build(p)
-    inputs = processor(
-        text=[models.chat(processor, "", True)], images=[Image.new("RGB", (448, 448))], return_tensors="pt"
-    )
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == plan.lengths(small, p, 1).image
-    assert model(**inputs).logits.shape[-1] == 2048
