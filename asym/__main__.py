@@ -185,6 +185,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _claims(args: argparse.Namespace) -> int:
+    from asym import figures
     from asym.claims import recompute
     from asym.runs import repo_root, write_csv
     from asym.study import renew_manifest, write_readme
@@ -192,6 +193,10 @@ def _claims(args: argparse.Namespace) -> int:
     results = Path(args.results).resolve()
     table = recompute(results)
     write_csv(results / "tables" / "claims.csv", table)
+    forest = results / "figures" / "claims_forest"
+    if forest.with_suffix(".svg").exists():
+        figures.style()
+        figures.save(figures.claims_forest(table), forest)
     renew_manifest(results)
     write_readme(repo_root())
     print(table.drop(columns=["family", "paper"]).round(2).to_string(index=False, na_rep=""))
@@ -373,8 +378,8 @@ a_own (answer solves the problem as the response states it), each 0 to 1, and pa
 A broken line gives {"line": its number, "error": the reason}; the rest is still scored, the exit code is 1."""
 
 _CLAIMS = """\
-Recompute every claim of a study from the rows and tables in its results folder alone, write its claims.csv, and print
-it. Nothing is trained or sampled."""
+Recompute every claim of a study from the rows and tables in its results folder alone, write its claims.csv, draw their
+figure anew where there is one, and print them. Nothing is trained or sampled."""
 
 
 def _keys() -> str:

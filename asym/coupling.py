@@ -160,14 +160,16 @@ def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1
 def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
     """Was a surrogate gamed? What RL with it gained, in itself and in what it stands for, on the same problems.
 
-    *Fooled* is the share of rollouts that saw wrong and yet beat their group's mean of the surrogate.
+    *wrong* is the surrogate's gain on rollouts that saw wrong, over the problems that both arms misread at times: what
+    cannot come from seeing better. *Fooled* is the share of rollouts that saw wrong and yet beat their group's mean of
+    the surrogate.
 
     Args:
         rollouts: of the final checkpoint of every arm and of the arm start, on the same problems, with a column per
             surrogate.
 
     Returns:
-        Columns task, family, arm, over (start, outcome), gain (surrogate, a_p, a, fooled), estimate, low, high
+        Columns task, family, arm, over (start, outcome), gain (surrogate, wrong, a_p, a, fooled), estimate, low, high
         (points), n, seeds: paired by problem and seed. Only for surrogates that have an arm.
     """
     group, records = ["problem_id", "seed"], []
@@ -187,5 +189,8 @@ def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 
                 about = {"task": task, "family": family, "arm": surrogate, "over": over}
                 for name in ("surrogate", "a_p", "a", "fooled"):
                     records.append(about | {"gain": name} | asdict(stats.accuracy(gains, name, 1, resamples)))
+                misread = part[(part.a_p == 0) & part.arm.isin([surrogate, over])]
+                wrong = stats.paired_difference(misread, surrogate, over, surrogate, resamples)
+                records.append(about | {"gain": "wrong"} | asdict(wrong))
     columns = ["task", "family", "arm", "over", "gain", "estimate", "low", "high", "n", "seeds"]
     return pd.DataFrame(records, columns=columns)

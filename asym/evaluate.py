@@ -32,8 +32,9 @@ def measure(
     """Responses of a trained run to a split and all their scores, from the run's cache where they exist.
 
     Args:
-        split: `test` to report; `validation` to choose; `train_rl` (its first `n_coupling` problems) to study rewards.
-        rollouts: per problem and mode; 1 decodes greedily, more are sampled at `rl_temperature`.
+        split: `test` to report; `validation` to choose; `train_rl` to study rewards.
+        rollouts: per problem and mode; 1 decodes greedily, more are sampled at `rl_temperature`. Where there are
+            several, and of `train_rl`, only the first `n_coupling` problems are used.
 
     Returns:
         Columns task, family, stage, arm, seed, mode, problem_id, rollout, ground_truth, completion, a, a_p, a_p_graded,
@@ -49,12 +50,17 @@ def measure(
 def rows_run(p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int) -> Run:
     """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too."""
     keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch", "dtype", "attention"]
-    keys += ["n_coupling"] * (split == "train_rl") + ["rl_temperature"] * (rollouts > 1)
+    keys += ["n_coupling"] * _of_the_first(split, rollouts) + ["rl_temperature"] * (rollouts > 1)
     config = {key: getattr(p, key) for key in keys}
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
     return Run.open(repo_root(), f"rows-{task}", config)
+
+
+def _of_the_first(split: str, rollouts: int) -> bool:
+    """Whether only the first `n_coupling` problems of a split are used."""
+    return split == "train_rl" or rollouts > 1
 
 
 def measure_along(p: Params, runs: Mapping[int, Run], task: str, stage: str, arm: str, seed: int) -> pd.DataFrame:
@@ -71,7 +77,7 @@ def responses(p: Params, trained: Run, name: str, seed: int, split: str, rollout
     """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
     model, processor = models.load(trained.checkpoint, p)
     task, data = task_of(p, name), load_split(p, name, split, seed)
-    if split == "train_rl":
+    if _of_the_first(split, rollouts):
         data = data.select(range(min(p.n_coupling, len(data))))
     columns = ("query", "image", "perception", "problem_id", "ground_truth")
     queries, images, perceptions, ids, truths = (data[column][:] for column in columns)

@@ -18,21 +18,23 @@ GRADIENTS = ["perception", "perception_graded", "mixed", "outcome", *NAMES]  # w
 KEYS = ["mode", "problem_id", "rollout"]
 
 
-def scored_rollouts(p: Params, start: Run, task: str, seed: int, arm: str = "start") -> pd.DataFrame:
-    """Rollouts of a checkpoint on RL training problems (as `evaluate.measure` returns them), each with all surrogates.
+def scored_rollouts(
+    p: Params, start: Run, task: str, seed: int, arm: str = "start", split: str = "train_rl"
+) -> pd.DataFrame:
+    """Rollouts of a checkpoint on problems of a split (as `evaluate.measure` returns them), each with all surrogates.
 
     Counterfactual rollouts are among the rows, their surrogates nan. From the run's cache where they exist.
     """
-    rows = measure(p, start, task, "rl", arm, seed, split="train_rl", rollouts=p.coupling_rollouts)
+    rows = measure(p, start, task, "rl", arm, seed, split=split, rollouts=p.coupling_rollouts)
 
     def scores() -> pd.DataFrame:
-        own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, "train_rl", seed)
+        own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, split, seed)
         policy = Policy(*models.load(start.checkpoint, p), p.max_new_tokens, p.eval_batch)
         with threads(p.threads):
             found = with_self_rewards(task_of(p, task), with_surrogates(task_of(p, task), own), data, policy)
         return found[[*KEYS, *NAMES]]
 
-    about = {"rows": rows_run(p, start, task, seed, "train_rl", p.coupling_rollouts).folder.name}
+    about = {"rows": rows_run(p, start, task, seed, split, p.coupling_rollouts).folder.name}
     scored = Run.open(repo_root(), f"rl-screen-{task}", about).table(scores)
     return rows.merge(scored, how="left", on=KEYS, validate="one_to_one")
 

@@ -53,6 +53,13 @@ def test_c1_and_c6_compare_the_gains_of_the_two_halves(rates, expected):
     assert verdicts(rl_rows=rl_rows)["C6"] == expected
 
 
+def test_c6_tells_reasoning_that_rises_from_perception_that_falls():
+    found = verdicts(rl_rows=responses({"start": (0.6, 0.8), "outcome": (0.2, 0.8)}))
+    assert (found["C6"], found["C6 a_r rises"]) == ("reproduced", "inconclusive")
+    found = verdicts(rl_rows=responses({"start": (0.5, 0.3), "outcome": (0.5, 0.8)}))
+    assert (found["C6"], found["C6 a_r rises"]) == ("reproduced", "reproduced")
+
+
 @pytest.mark.parametrize(
     ("long", "expected"), [((0.3, 0.9), "reproduced"), ((0.9, 0.5), "not reproduced"), ((0.8, 0.9), "inconclusive")]
 )
@@ -114,6 +121,23 @@ def test_the_best_arm_is_chosen_out_of_fold():
         honest.append(module.best_against(rows, lambdas, ["token_averaged"], 10).estimate)
     assert np.mean(lucky) > 6
     assert abs(np.mean(honest)) < 3
+
+
+def test_to_beat_the_best_is_to_beat_each():
+    """An arm as good as five equal others is not above them, though it is above what is chosen of them out of fold."""
+    others = [f"alpha_0.{k}" for k in range(1, 6)]
+    chosen, each = [], []
+    for stream in range(30):
+        rows = responses(dict.fromkeys([*others, "span_routed"], (0.5, 1.0)), problems=100, stream=stream)
+        accuracy = 100 * split(rows)[0].groupby("arm").a.mean()
+        chosen.append(accuracy["span_routed"] - accuracy[others].max())
+        each.append(module.best_against(rows, ["span_routed"], others, 200))
+    assert np.mean([found.estimate for found in each]) == pytest.approx(np.mean(chosen), abs=0.5)
+    assert np.mean(chosen) < -2
+    assert np.mean([found.low > 0 for found in each]) <= 0.05
+    strong = responses(dict.fromkeys(others, (0.5, 1.0)) | {"span_routed": (0.8, 1.0)})
+    assert module.best_against(strong, ["span_routed"], others, 200).low > 0
+    assert module.best_against(strong, ["span_routed"], [], 200).n == 0
 
 
 def test_the_best_of_one_arm_is_that_arm():
@@ -189,6 +213,9 @@ def test_c10_ranks_surrogates(order, expected):
     assert (three.estimate, three.n, three.verdict) == (pytest.approx(order), 3, "inconclusive")
     one = claims(rl_rows=rows, screening=scores.iloc[:1]).set_index("claim").loc["C10"]
     assert (one.n, one.verdict) == (0, "inconclusive")
+    both = pd.concat([scores, scores.assign(scope="within_group", r=-scores.r)])
+    found = claims(rl_rows=rows, screening=both).set_index("claim").estimate
+    assert found["C10"] == pytest.approx(-found["C10 within groups"]) == pytest.approx(order)
 
 
 def test_c10_takes_more_than_a_lucky_order():

@@ -174,9 +174,19 @@ def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
     for arm, (sees, solves, earns) in rates.items():
         for problem in range(100):
             a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
-            about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "problem_id": f"test-{problem}"}
+            about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "mode": "end_to_end"}
+            about |= {"problem_id": f"test-{problem}"}
             rows.append(pd.DataFrame(about | {"a": a, "a_p": a_p, "validity": surrogate}))
     return pd.concat(rows, ignore_index=True)
+
+
+def test_a_surrogate_that_rises_because_perception_does_gains_nothing_where_it_is_wrong():
+    rollouts = finals({arm: (sees, 0.4, 0.0) for arm, sees in (("start", 0.3), ("outcome", 0.3), ("validity", 0.7))})
+    honest = rollouts.assign(validity=rollouts.a_p.where(rollouts.a_p == 1, (rollouts.index % 5 == 0).astype(float)))
+    table = coupling.hacking(honest, ["validity"], 200).set_index(["over", "gain"])
+    for over in ("start", "outcome"):
+        assert table.low[over, "surrogate"] > 20
+        assert table.low[over, "wrong"] < 0 < table.high[over, "wrong"]
 
 
 def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
@@ -190,5 +200,6 @@ def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
         assert table.low[over, "surrogate"] > 20
         assert table.low[over, "a_p"] < 0 < table.high[over, "a_p"]
         assert table.low[over, "fooled"] > 0
-    assert set(table.n) == {100}
+        assert table.low[over, "wrong"] > 20
+    assert set(table.n[~(table.index.get_level_values("gain") == "wrong")]) == {100}
     assert set(table.arm) == {"validity"}  # the other one was not trained

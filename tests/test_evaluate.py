@@ -128,6 +128,16 @@ def test_sampled_rollouts_form_groups_at_the_rl_temperature(tiny, base, root, or
     assert [call["temperature"] for call in calls] == [0.7, 0.7]
 
 
+def test_rollouts_of_a_checkpoint_are_of_the_same_problems_of_a_split_at_every_seed(tiny, base, root):
+    p = tiny(n_validation=3, n_coupling=2)
+    one, other = (measure(p, base, "sudoku", **WHO | {"seed": k}, split="validation", rollouts=2) for k in (0, 1))
+    first = load_split(p, "sudoku", "validation", 0)["ground_truth"][:2]
+    assert one.ground_truth.unique().tolist() == other.ground_truth.unique().tolist() == first
+    assert one.completion.tolist() != other.completion.tolist()
+    greedy = measure(p, base, "sudoku", **WHO, split="validation")
+    assert greedy.problem_id.nunique() == 3
+
+
 def test_rows_of_another_seed_are_not_taken_for_this_one(tiny, base, root):
     """One base serves all seeds; sampled rollouts, and the problems of `train_rl`, are the seed's own."""
     one, other = (
