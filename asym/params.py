@@ -63,6 +63,7 @@ class Params(BaseModel):
     family: Literal["qwen3_vl", "internvl"] = Field("qwen3_vl", description="model architecture")
     threads: Count = Field(2, description="CPU threads of torch for one arm; the base has those of all workers")
     workers: Count = Field(1, description="arms trained or measured side by side, each in a process of its own")
+    join: list[str] = Field([], description="studies of other seeds or arms, else alike, whose stored rows join in")
 
     # Puzzles and drawings
     vertices_min: int = Field(5, ge=2, le=12, description="graph coloring: fewest vertices")

@@ -82,6 +82,23 @@ def runs_dir(root: Path) -> Path:
     return Path(os.environ.get("ASYM_RUNS", root / "runs"))
 
 
+def joined(own: "pd.DataFrame", studies: Iterable[str], name: str) -> "pd.DataFrame":
+    """A table of this study, followed by what other studies have stored as results/<study>/<name> of further arms.
+
+    An arm is known by its task, family, name and seed and, where there are doses, by axis and level, as far as the
+    table has these columns. Of an arm that several studies have, only the first's lines are kept.
+    """
+    import pandas as pd
+
+    keys = [key for key in ("task", "family", "arm", "seed", "axis", "level") if key in own]
+    for study in studies:
+        path = repo_root() / "results" / study / name
+        stored = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        known = pd.MultiIndex.from_frame(own[keys].drop_duplicates())
+        own = pd.concat([own, stored[~pd.MultiIndex.from_frame(stored[keys]).isin(known)]], ignore_index=True)
+    return own
+
+
 @dataclass(frozen=True)
 class Run:
     """One piece of work with its folder, named by the hash of everything that determines its outcome."""

@@ -29,6 +29,10 @@ from asym.claims import CORRELATIONS
 from asym.params import Params, ParamsError
 from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
+# What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
+FREE = {"study", "seeds", "tasks", "workers", "join", "lambdas", "balances", "curve_every", "long_steps"}
+FREE |= {"dose_verbosity", "dose_variation", "dose_difficulty", "rl_curve_every", "alphas", "graded_alphas"}
+FREE |= {"surrogates", "credits", "n_gradient", "bootstrap"}
 RECENT = 64  # lines of progress that tell what is under way: every worker writes one a second
 
 
@@ -98,10 +102,24 @@ def check(p: Params) -> None:
         if wanted and not importlib.util.find_spec(package):
             raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
     training.one_gpu()
+    _joins(p)
     if p.model:
         models.check(p.model, p.family)
     if p.data != "generated":
         published.fetch(p.data)
+
+
+def _joins(p: Params) -> None:
+    """Raises ParamsError if a study that is to join has no results here, or arms made in another way."""
+    for name in p.join:
+        made = read_manifest(repo_root() / "results" / name).get("params")
+        if made is None:
+            raise ParamsError(f"join: {name!r}: must be a study with its manifest.json in results/")
+        made = Params().model_dump() | made
+        other = [key for key, value in p.model_dump().items() if key not in FREE and made[key] != value]
+        if other:
+            told = ", ".join(f"{key} = {made[key]!r}, not {getattr(p, key)!r}" for key in other)
+            raise ParamsError(f"join: {name!r}: must have this study's parameters but for its arms: it has {told}")
 
 
 def room_for(name: str, message: str) -> str:

@@ -9,7 +9,7 @@ from filelock import Timeout
 
 from asym import runs
 from asym.params import ParamsError
-from asym.runs import Run, progress, read_manifest, results_dir, write_text
+from asym.runs import Run, joined, progress, read_manifest, results_dir, write_csv, write_parquet, write_text
 
 
 def test_importing_runs_does_not_import_torch():
@@ -178,3 +178,20 @@ def test_a_download_is_known_on_every_machine_and_a_folder_by_its_place(tmp_path
     one, other = (Run.linked(tmp_path, folder) for folder in folders)
     assert one.folder != other.folder
     assert (one.checkpoint / "model.safetensors").read_text() == "weights"
+
+
+def test_arms_that_other_studies_have_stored_join_and_of_one_arm_the_first_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("asym.runs.repo_root", lambda: tmp_path)
+    arm = {"task": "sudoku", "family": "x", "arm": "ngdiff"}
+    own = pd.DataFrame([arm | {"seed": 0, "a": a} for a in (0.0, 1.0)])
+    for study, seeds in (("second", (0, 1)), ("third", (1, 2))):
+        rows = pd.DataFrame([arm | {"seed": seed, "a": seed + 5.0} for seed in seeds for _ in range(2)])
+        write_parquet(tmp_path / "results" / study / "rows" / "sft.parquet", rows)
+    found = joined(own, ["second", "third"], "rows/sft.parquet")
+    assert found.groupby("seed").a.apply(list).to_dict() == {0: [0.0, 1.0], 1: [6.0, 6.0], 2: [7.0, 7.0]}
+    assert list(joined(own, [], "rows/sft.parquet").a) == [0.0, 1.0]
+    dosed = own.assign(axis="length", level=[0.0, 1.0])
+    write_csv(tmp_path / "results" / "second" / "tables" / "dose.csv", dosed.assign(level=[1.0, 3.0], a=[8.0, 9.0]))
+    assert list(joined(dosed, ["second"], "tables/dose.csv").a) == [0.0, 1.0, 9.0]
+    with pytest.raises(FileNotFoundError):
+        joined(own, ["nowhere"], "rows/sft.parquet")

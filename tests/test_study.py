@@ -10,7 +10,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from asym.params import Params, ParamsError
-from asym.runs import read_manifest, repo_root
+from asym.runs import read_manifest, repo_root, write_json
 from asym.study import NotebookError, _portable, check, room_for, run_study, write_readme
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
@@ -174,3 +174,18 @@ def test_readme_shows_the_tables_of_results(tmp_path):
     write_readme(tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
     assert "(not computed yet)" not in text
+
+
+def test_studies_that_join_must_have_made_their_arms_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr("asym.study.repo_root", lambda: tmp_path)
+    p = Params(study="whole", seeds=[2], join=["first"])
+    with pytest.raises(ParamsError, match=r"join: 'first': must be a study with its manifest.json"):
+        check(p)
+    other = p.model_dump() | {"study": "first", "seeds": [0, 1], "join": [], "lambdas": [0.1, 0.9], "alphas": [1.0]}
+    manifest = {"study": "first", "params": {key: value for key, value in other.items() if key != "join"}}
+    write_json(tmp_path / "results" / "first" / "manifest.json", manifest)
+    check(p)
+    manifest["params"] |= {"sft_steps": 9, "verbosity": 3}
+    write_json(tmp_path / "results" / "first" / "manifest.json", manifest)
+    with pytest.raises(ParamsError, match=r"join: 'first': .* it has verbosity = 3, not 1, sft_steps = 9, not 4"):
+        check(p)
