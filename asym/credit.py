@@ -131,10 +131,10 @@ def gradient_table(gradients: pd.DataFrame, rewards: Sequence[str], resamples: i
 
     Returns:
         task, family, reward, measure, estimate, low, high, n, seeds. Measures: `cosine`, of the two gradients summed
-        over the same rollouts, whose noise they share; `signal_to_noise`, mean / standard deviation over the prompt
-        groups of every other problem of the reward's gradient through the perception tokens, projected on the
-        perception gradient of the problems in between. (Leaving out just the problem itself would not do, nor letting
-        either half judge the other: projections would then share each other's noise.)
+        over the same rollouts, whose noise they share (its interval by the jackknife); `signal_to_noise`, mean /
+        standard deviation over the prompt groups of every other problem of the reward's gradient through the perception
+        tokens, projected on the perception gradient of the problems in between. (Leaving out just the problem itself
+        would not do, nor letting either half judge the other: projections would then share each other's noise.)
     """
     records = []
     for (task, family), part in gradients.groupby(["task", "family"]):
@@ -147,7 +147,7 @@ def gradient_table(gradients: pd.DataFrame, rewards: Sequence[str], resamples: i
         judged = where[~judge]
         for reward in rewards:
             both = np.concatenate([_summed(groups, reward, "whole"), ideal], 1)
-            cosine = stats.bootstrap(stats.cells(both, where.problem, where.seed), _cosine, resamples)
+            cosine = stats.jackknife(stats.cells(both, where.problem, where.seed), _cosine)
             along = (_summed(groups, reward, "seen") * towards).sum(1)[~judge]
             moments = np.stack([np.ones_like(along), along, along**2], 1)
             signal = stats.bootstrap(stats.cells(moments, judged.problem, judged.seed), _ratio, resamples)

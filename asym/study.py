@@ -200,6 +200,7 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) ->
     asked = os.environ.get("ASYM_PROGRESS")
     os.environ["ASYM_PROGRESS"] = str(feed)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else every kernel start prints a debugger's warning
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # else tqdm asks for widgets no one needs
     try:
         source = root / "notebooks" / f"{name}.ipynb"
         return papermill.execute_notebook(

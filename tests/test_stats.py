@@ -218,3 +218,30 @@ def test_rankings_that_agree_wholly_do_so_in_one_pairing_of_all():
 @pytest.mark.parametrize("y", [[1, 2, 3], [1, 1, 1, 1], [1, 2, 3, np.nan]])
 def test_few_or_constant_pairs_have_no_agreement(y):
     assert all(math.isnan(value) for value in stats.rank_agreement(range(len(y)), y))
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, 200)
+    totals = stats.cells(np.stack([values, np.ones(200)], 1), range(200))
+    found = stats.jackknife(totals, lambda sums: sums[..., 0] / sums[..., 1])
+    assert found.estimate == pytest.approx(values.mean(), abs=1e-5)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / 200**0.5, rel=1e-3)
+    assert found.n == 200
+    one = stats.jackknife(totals[:1], lambda sums: sums[..., 0] / sums[..., 1])
+    assert np.isnan(one.low)
+
+
+def test_the_jackknife_holds_a_cosine_that_resamples_miss():
+    """Two sums of long noisy vectors: each resample is noisier than the data, its cosine smaller."""
+    rng = np.random.default_rng(0)
+    shared = 0.3 * rng.normal(size=400)
+    both = np.concatenate([shared + rng.normal(size=(60, 400)), shared + rng.normal(size=(60, 400))], 1)
+
+    def cosine(sums):
+        one, other = np.split(sums, 2, axis=-1)
+        return (one * other).sum(-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1))
+
+    totals = stats.cells(both, range(60))
+    drawn, jackknifed = stats.bootstrap(totals, cosine, 500), stats.jackknife(totals, cosine)
+    assert drawn.high < drawn.estimate == jackknifed.estimate
+    assert jackknifed.low < jackknifed.estimate < jackknifed.high
