@@ -175,7 +175,8 @@ def _curves(
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
-        ax.set_ylim(limits)
+        if limits:  # None would keep the limits of the panel drawn first
+            ax.set_ylim(limits)
     bands = "; bands: lowest to highest" * (seeds > 1)
     fig.suptitle(f"{title} ({counted(seeds, 'seed')}{bands})")
     fig.supxlabel("step")

@@ -108,6 +108,14 @@ def test_reward_curves_show_a_surrogate_only_where_it_was_logged():
     assert line(fig.axes[0], figures.PERCEPTION).get_marker() == "o"  # four steps are four points, not a curve
 
 
+def test_no_line_leaves_its_panel_whichever_is_drawn_first():
+    table = metrics(["reward_outcome", "reward_perception", "reward_format"], ["outcome", "validity"], steps=6)
+    table.loc[table.arm == "validity", "reward_outcome"] += 5
+    low, high = figures.reward_curves(table).axes[0].get_ylim()
+    assert low < table[["reward_outcome", "reward_perception"]].min().min()
+    assert high > table.reward_outcome.max()
+
+
 def test_names_at_the_ends_of_lines_do_not_cover_each_other():
     table = metrics(["reward_outcome", "reward_perception", "reward_format"], ["outcome"])
     table.loc[:, table.columns.str.startswith("reward_")] = 0.5
