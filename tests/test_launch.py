@@ -56,7 +56,7 @@ def launch(processes: int, arm: str, runs, cpu: bool = True, **changes) -> str:
     command = [*launcher, "asym", "train", arm, "params/smoke.yaml", "--set", *settings]
     visible = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     around = os.environ | {"ASYM_RUNS": str(runs), "CUDA_VISIBLE_DEVICES": visible}
-    around.pop("ACCELERATE_USE_CPU", None)
+    around["ACCELERATE_USE_CPU"] = str(cpu).lower()  # else several processes without a GPU are not taken for a launch
     done = subprocess.run(command, cwd=repo_root(), env=around, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
