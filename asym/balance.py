@@ -108,17 +108,29 @@ class PCGrad:
         return weight_p / (weight_p + weight_r)
 
 
+@dataclass(frozen=True)
 class PerceptionFirst:
-    """A curriculum of two stages of equal length: perception alone, then every token the same.
+    """A curriculum of two stages: perception alone for the share `first` of all steps, then every token the same.
 
     The learning rate warms up and decays in each of them, as in two trainings one after the other.
     """
 
-    needs_gradients = False
-    stages = 2
+    first: float = 0.5
+    needs_gradients: ClassVar[bool] = False
+
+    @classmethod
+    def at_equal_tokens(cls, steps: int, share: float) -> tuple["PerceptionFirst", int]:
+        """The curriculum that learns from as many tokens as `steps` steps on whole responses, and its own steps.
+
+        Half as many steps go to perception, which is the `share` of a response's tokens; what that leaves of the tokens
+        goes to whole responses.
+        """
+        alone = steps // 2
+        total = steps + alone - round(alone * share)
+        return cls(alone / total), total
 
     def weight(self, step: Segments) -> float:
-        return 1.0 if step.progress < 0.5 else TokenAveraged().weight(step)
+        return 1.0 if step.progress < self.first else TokenAveraged().weight(step)
 
 
 BALANCES = {

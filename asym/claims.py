@@ -30,6 +30,7 @@ from asym.stats import UNTESTED, Estimate, difference_of_gains, paired_differenc
 COLUMNS = ["claim", "task", "family", "estimate", "low", "high", "n", "seeds", "by_seed", "paper", "verdict"]
 # "yes" where it is not here: stated without a figure
 PAPER = {
+    "C1 gap is left": "perception is the bottleneck",
     "C2": "1.3 % of the loss < 2.5 % of the tokens",
     "C2 far below half": "2.5 % of the tokens",
     "C3": "up to +13.8",
@@ -42,6 +43,7 @@ PAPER = {
     "C9": "up to +3.2",
     "C10 within groups": "not given",
     "X1": "not tested",
+    "X1 perception falls": "not tested",
     "X1 perception lags": "not tested",
     "X2": "not tested",
     "X2 routed": "not tested",
@@ -102,8 +104,14 @@ def mixtures(rows: pd.DataFrame, prefix: str) -> list[str]:
 
 
 def c1(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
-    """Token-averaged SFT gains more in a_r than in a_p."""
+    """Token-averaged SFT gains more in a_r than in a_p.
+
+    A gain is over the base, which has never put the parts of a response together. The second part needs no base: when
+    training ends, a_r is ahead of a_p.
+    """
     yield "C1", difference_of_gains(sft_rows, "token_averaged", "base", resamples=resamples), 0.0
+    weights = {("token_averaged", "a_r"): 1, ("token_averaged", "a_p"): -1}
+    yield "C1 gap is left", stats.contrast(sft_rows, weights, resamples), 0.0
 
 
 def c2(imbalance: pd.DataFrame, resamples: int) -> Iterator[Part]:
@@ -146,12 +154,12 @@ def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
 def x1(dose_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """Token-averaged SFT leaves a wider gap a_r − a_p with the longest reasoning than with the shortest.
 
-    The second part looks at a_p alone: what NGDiff sees and token averaging does not is more with the longest. It tells
-    a gap that closes because perception is learned from one that closes because reasoning is not.
+    A gap can also close because reasoning is not learned, so the other parts look at a_p alone: token averaging sees
+    less with the longest reasoning than with the shortest, and by more than NGDiff does (it lags).
     """
     rows = dose_rows[dose_rows.axis == "length"]
     levels = sorted(rows.level.unique())
-    gap = lag = UNTESTED
+    gap = falls = lag = UNTESTED
     if len(levels) > 1:
         rows = rows[rows.level.isin([levels[0], levels[-1]])]
         rows = rows.assign(arm=rows.level.map({levels[0]: "short ", levels[-1]: "long "}) + rows.arm)
@@ -159,15 +167,17 @@ def x1(dose_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
         weights = {(f"long {average}", "a_r"): 1, (f"long {average}", "a_p"): -1}
         weights |= {(f"short {average}", "a_r"): -1, (f"short {average}", "a_p"): 1}
         gap = stats.contrast(rows, weights, resamples)
+        falls = paired_difference(rows, f"short {average}", f"long {average}", "a_p", resamples)
         weights = {(f"long {balanced}", "a_p"): 1, (f"long {average}", "a_p"): -1}
         weights |= {(f"short {balanced}", "a_p"): -1, (f"short {average}", "a_p"): 1}
         lag = stats.contrast(rows, weights, resamples)
     yield "X1", gap, 0.0
+    yield "X1 perception falls", falls, 0.0
     yield "X1 perception lags", lag, 0.0
 
 
 def x3(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
-    """Re-weighting by NGDiff beats perception first, then token averaging, in a, at an equal number of steps."""
+    """Re-weighting by NGDiff beats perception first, then token averaging, in a, at an equal budget of tokens."""
     yield "X3", paired_difference(sft_rows, "ngdiff", "perception_first", "a", resamples), 0.0
 
 

@@ -117,6 +117,28 @@ def _bars(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
     return fig
 
 
+def gain_by_reading(table: pd.DataFrame, baseline: str) -> Figure:
+    """What problems add to an arm's gain in a by who read them right: a panel per task.
+
+    From the table of `stats.gain_by_reading` for one arm.
+    """
+    readings = list(dict.fromkeys(table.reading))
+    fig, axes = panels([""], tasks_of(table), 7, 0.7 * len(readings) + 1.6, sharex=True, sharey=True)
+    for (_, task), ax in axes.items():
+        part = table[table.task == task].set_index("reading").reindex(readings)
+        ax.barh(readings, part.estimate, 0.6, color=END_TO_END)
+        for color, width in (("white", 5), ("black", 2)):  # a rim, to be seen on the dark bars
+            ax.hlines(readings, part.low, part.high, color=color, lw=width)
+        ax.set_yticks(range(len(readings)), readings)
+        ax.axvline(0, color="black", lw=1)
+        ax.set(title=f"{TASKS.get(task, task)}: {part.estimate.sum():+.1f} in all", xlabel="adds to the gain (points)")
+        ax.set_ylim(len(readings) - 0.5, -0.5)
+    (arm,) = table.arm.unique()
+    over = f"{display(arm)} over {display(baseline)}, end to end"
+    fig.suptitle(f"{over} ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
+    return fig
+
+
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +157,8 @@ def accuracy_curves(curves: pd.DataFrame, goal: pd.Series | None = None) -> Figu
     A dashed line stands at the `goal` of each task (points of a; its name says what it is).
     """
     lines = {measure: (label, color, "-") for measure, (label, color) in BARS.items()}
-    fig = _curves(curves, lines, "Accuracy along training", "accuracy (points)", limits=(0, 105))
+    title = "Accuracy along training, validation problems"
+    fig = _curves(curves, lines, title, "accuracy (points)", limits=(0, 105))
     if goal is not None:
         fig.suptitle(f"{fig.get_suptitle()}\ndashed: {goal.name}")
         for ax, task in zip(fig.axes, tasks_of(curves) * curves.arm.nunique(), strict=True):
@@ -280,6 +303,7 @@ def _name(fig: Figure, ends: dict[Axes, list[tuple]]) -> Figure:
 VERDICTS = {"reproduced": ("o", "black"), "inconclusive": ("s", QUIET), "not reproduced": ("X", "#b2182b")}
 CLAIMS = {
     "C1": "SFT: gain in a_r − gain in a_p",
+    "C1 gap is left": "token-averaged: a_r − a_p",
     "C2": "share of tokens − share of loss",
     "C2 far below half": "½ − share of tokens",
     "C3": "best λ − token-averaged",
@@ -300,6 +324,7 @@ CLAIMS = {
     "C10": "ρ of screening and gain",
     "C10 within groups": "ρ, screening within groups",
     "X1": "gap, longest reasoning − shortest",
+    "X1 perception falls": "a_p, shortest reasoning − longest",
     "X1 perception lags": "lag behind NGDiff in a_p, likewise",
     "X2": "span-routed − best α",
     "X2 routed": "span-routed − outcome only",

@@ -137,25 +137,38 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
     return pd.DataFrame(records)
 
 
+def on_every_axis(rows: pd.DataFrame, p: Params) -> pd.DataFrame:
+    """Rows of doses, with those of the study's own dose on every axis of their task, wherever they were kept."""
+    own = rows[rows.own].drop_duplicates(["task", "problem_id", "mode", "arm", "seed"])
+    parts = []
+    for axis, knob in AXES.items():
+        of_axis = rows[~rows.own & (rows.axis == axis)]
+        for task in of_axis.task.unique():
+            level = getattr(p, f"difficulty_{task}" if axis == "difficulty" else knob)
+            parts += [of_axis[of_axis.task == task], own[own.task == task].assign(axis=axis, level=float(level))]
+    return pd.concat(parts, ignore_index=True) if parts else rows
+
+
 def distinct(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `dose_response` with the study's own dose once for each task, not on every axis."""
     return table[~(table.own & table.duplicated(["task", "own", "response"]))]
 
 
-def share_predicts_lag(table: pd.DataFrame) -> pd.DataFrame:
-    """Does a smaller share go with a larger lag? Spearman's ρ over the doses of `distinct`.
+def share_predicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Does a smaller share go with a larger lag, and with a wider gap? Spearman's ρ over the doses of `distinct`.
 
     Once over the doses that change the balance of the text (length and entropy), once over all: what is hard to see
-    lags for another reason.
+    lags for another reason. Shares that differ by less than 0.1 points, as those of the tokens along entropy, are ties.
 
     Returns:
-        Columns task, share, over ("text" or "all"), rho, p (one-sided, of a ρ as low as this by chance), doses.
+        Columns response ("lag", "gap"), task, share, over ("text" or "all"), rho, p (one-sided, of a ρ as low as this
+        by chance), doses.
     """
     records = []
-    for task, part in table[table.response == "lag"].groupby("task", sort=False):
+    for (response, task), part in table[table.response.isin(["lag", "gap"])].groupby(["response", "task"], sort=False):
         for over, chosen in (("text", part[part.own | (part.axis != "difficulty")]), ("all", part)):
             for share in SHARES:
-                rho, chance = stats.rank_agreement(-chosen[share], chosen.estimate)
-                record = {"task": task, "share": share, "over": over, "rho": -rho, "p": chance, "doses": len(chosen)}
-                records.append(record)
+                rho, chance = stats.rank_agreement(-chosen[share].round(3), chosen.estimate)
+                about = {"response": response, "task": task, "share": share, "over": over}
+                records.append(about | {"rho": -rho, "p": chance, "doses": len(chosen)})
     return pd.DataFrame(records)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from asym import models
-from asym.balance import Balance, Segments, TokenAveraged, balance_of
+from asym.balance import Balance, PerceptionFirst, Segments, TokenAveraged, balance_of
 from asym.data import drawn_by, load_split
 from asym.decode import known
 from asym.models import chat
@@ -112,15 +112,15 @@ class SegmentSFTTrainer(Resumable, SFTTrainer):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """TRL's, but a curriculum of several stages warms up and decays anew in each of them."""
-        stages = getattr(self.balance, "stages", 1)
-        if stages == 1:
+        """TRL's, but a curriculum warms up and decays anew in its second stage."""
+        if not isinstance(self.balance, PerceptionFirst):
             return super().create_scheduler(num_training_steps, optimizer)
-        length, warmup = -(-num_training_steps // stages), -(-self.args.warmup_steps // stages)
+        first = round(self.balance.first * num_training_steps)
 
         def factor(step: int) -> float:
-            done = step % length
-            return done / warmup if done < warmup else (length - done) / (length - warmup)
+            done, length = (step, first) if step < first else (step - first, num_training_steps - first)
+            warmup = -(-self.args.warmup_steps * length // num_training_steps)
+            return done / warmup if done < warmup else (length - done) / max(length - warmup, 1)
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
@@ -384,7 +384,17 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     torch.manual_seed(seed)
     clear(run, snapshots)
     model, processor = models.load(base.checkpoint, p)
-    data = load_split(p, task, "train_sft", seed)
+    data, balance = load_split(p, task, "train_sft", seed), balance_of(arm)
+    if isinstance(balance, PerceptionFirst):  # takes more steps, for its first learn from few tokens
+        balance, longer = PerceptionFirst.at_equal_tokens(steps, _token_share(data, processor))
+        snapshots = {step + longer - steps: snapshot for step, snapshot in snapshots.items()}
+        steps = longer
     schedule = {"lr": p.sft_lr, "batch": p.sft_batch, "accumulation": p.sft_accumulation, "seed": seed}
     label = f"SFT {task} {arm}"
-    fit(run, label, model, processor, data, balance_of(arm), p, steps=steps, snapshots=snapshots, **schedule)
+    fit(run, label, model, processor, data, balance, p, steps=steps, snapshots=snapshots, **schedule)
+
+
+def _token_share(data: Dataset, processor: ProcessorMixin, rows: int = 64) -> float:
+    """Perception's share of the response tokens, over the first rows."""
+    segments = SegmentCollator(processor)([data[k] for k in range(min(rows, len(data)))])["segments"]
+    return ((segments == PERCEPTION).sum() / (segments > 0).sum()).item()

@@ -190,6 +190,30 @@ def gains(rows: pd.DataFrame, baseline: str, resamples: int = 1000) -> pd.DataFr
     return pd.DataFrame(records)
 
 
+def gain_by_reading(rows: pd.DataFrame, arm: str, baseline: str, resamples: int = 1000) -> pd.DataFrame:
+    """Where a gain in a comes from: what problems add to it by which of the two arms read them right (a_p = 1).
+
+    Returns:
+        Columns task, family, arm, reading, share (% of the problems), estimate, low, high (points; over the readings
+        they add up to the gain), n, seeds. Readings: "newly read" (by `arm` alone), "read by both", "read by neither",
+        "no longer read".
+    """
+    records = []
+    seen = rows[(rows["mode"] == "end_to_end") & rows.arm.isin([arm, baseline])]
+    for (task, family), part in seen.groupby(["task", "family"]):
+        table = part.pivot_table(index=["problem_id", "seed"], columns="arm", values=["a", "a_p"]).dropna()
+        if {arm, baseline} - set(part.arm) or table.empty:
+            continue
+        gain, before, after = table["a"][arm] - table["a"][baseline], *(table["a_p"][x] == 1 for x in (baseline, arm))
+        readings = {"newly read": ~before & after, "read by both": before & after}
+        readings |= {"read by neither": ~before & ~after, "no longer read": before & ~after}
+        for reading, chosen in readings.items():
+            estimate = accuracy((gain * chosen).rename("value").reset_index(), "value", resamples=resamples)
+            about = {"task": task, "family": family, "arm": arm, "reading": reading, "share": 100 * chosen.mean()}
+            records.append(about | asdict(estimate))
+    return pd.DataFrame(records)
+
+
 # ---- correlations ----------------------------------------------------------------------------------------------------
 
 

@@ -119,10 +119,10 @@ def dose_map(table: pd.DataFrame) -> Figure:
 def share_predicts_lag(table: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
     """The lag (points) over perception's share of tokens, loss and gradient (%): a dot per dose, a row per task.
 
-    From the tables of `imbalance.distinct` and `imbalance.share_predicts_lag`, whose ρ stand in the titles. Doses that
+    From the tables of `imbalance.distinct` and `imbalance.share_predicts`, whose ρ stand in the titles. Doses that
     change the drawings and not the text are hollow.
     """
-    lags = table[table.response == "lag"]
+    lags, agreement = table[table.response == "lag"], agreement[agreement.response == "lag"]
     shares = {"token_share": "tokens", "loss_share": "loss", "gradient_share": "gradient"}
     fig, axes = figures.panels(figures.tasks_of(table), list(shares), 4.8, 4.2, sharex="col", sharey="row")
     marks = {axis: mark for axis, mark in zip(DOSES, "os^", strict=True) if axis in set(lags.axis[~lags.own])}
@@ -152,7 +152,8 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
         weights: mean λ of training, by (task, arm). Token averaging and the fixed weights make the line; arms that set
             λ themselves stand at their mean, hollow and named.
     """
-    fig, axes = figures.panels(["a", "halves"], figures.tasks_of(table), 8, 4, sharex=True, sharey=True)
+    fig, axes = figures.panels(["a", "halves"], figures.tasks_of(table), 8, 4.4, sharex=True, sharey="row")
+    drawn = table[(table.measure == "a") & table.arm.isin(weights.index.unique(1))]
     for (row, task), ax in axes.items():
         here = table[(table.task == task) & table.arm.isin(weights[task].index)]
         here = here.assign(weight=here.arm.map(weights[task])).sort_values("weight")
@@ -178,7 +179,8 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
                     **sides,
                 )
             ax.set_title(figures.TASKS.get(task, task))
-        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, 105), xlim=(0, 1))
+        top = 105 if row == "halves" else min(1.2 * drawn.high.max() + 2, 105)  # with room for names above the peak
+        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, top), xlim=(0, 1))
     axes["a", figures.tasks_of(table)[0]].set_ylabel("end to end (points)")
     axes["halves", figures.tasks_of(table)[0]].set_ylabel("halves (points)")
     keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in figures.BARS.values()]

@@ -61,6 +61,13 @@ def test_c6_tells_reasoning_that_rises_from_perception_that_falls():
 
 
 @pytest.mark.parametrize(
+    ("rates", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.4), "not reproduced"), ((0.6, 0.6), "inconclusive")]
+)
+def test_the_gap_that_is_left_needs_no_base(rates, expected):
+    assert verdicts(sft_rows=responses({"token_averaged": rates}))["C1 gap is left"] == expected
+
+
+@pytest.mark.parametrize(
     ("long", "expected"), [((0.3, 0.9), "reproduced"), ((0.9, 0.5), "not reproduced"), ((0.8, 0.9), "inconclusive")]
 )
 def test_x1_compares_the_gap_at_the_longest_and_the_shortest_reasoning(long, expected):
@@ -79,7 +86,7 @@ def test_x1_tells_a_lag_of_perception_from_reasoning_that_is_not_learned(seen, e
     rows = [responses({arm: rates}).assign(axis="length", level=level) for (arm, level), rates in doses.items()]
     found = verdicts(dose_rows=pd.concat(rows))
     assert found["X1"] == "not reproduced"
-    assert found["X1 perception lags"] == expected
+    assert found["X1 perception lags"] == found["X1 perception falls"] == expected
 
 
 @pytest.mark.parametrize(("second", "expected"), [((0.4, 0.9), "reproduced"), ((0.9, 0.9), "not reproduced")])
@@ -247,6 +254,7 @@ def test_only_claims_whose_tables_are_given_are_made_and_arms_not_run_are_inconc
     assert list(table.columns) == COLUMNS
     assert list(table.claim.unique()) == [
         "C1",
+        "C1 gap is left",
         "C3",
         "C4",
         "C4 not worse",
@@ -256,7 +264,7 @@ def test_only_claims_whose_tables_are_given_are_made_and_arms_not_run_are_inconc
         "X3",
     ]
     assert list(table.task.iloc[:2]) == ["graph_coloring", "sudoku"]
-    missing = table[table.claim != "C1"]
+    missing = table[~table.claim.str.startswith("C1")]
     assert (missing.n == 0).all()
     assert missing.estimate.isna().all()
     assert (missing.verdict == "inconclusive").all()

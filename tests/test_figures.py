@@ -65,6 +65,17 @@ def test_accuracy_bars_are_as_high_as_the_table_says(tasks):
     assert [text.get_text() for text in fig.legends[0].texts] == ["perception", "reasoning", "end to end"]
 
 
+def test_gains_by_reading_are_bars_that_add_up():
+    table = stats.gain_by_reading(
+        responses({"token_averaged": (0.4, 0.8), "ngdiff": (0.7, 0.8)}), "ngdiff", "token_averaged", 20
+    )
+    fig = figures.gain_by_reading(table, "token_averaged")
+    (ax,) = fig.axes
+    assert [bar.get_width() for bar in ax.patches] == table.estimate.tolist()
+    assert ax.get_title() == f"Sudoku: {table.estimate.sum():+.1f} in all"
+    assert "NGDiff over token-averaged" in fig.get_suptitle()
+
+
 def test_gain_bars_show_paired_gains():
     table = stats.gains(evaluated(seeds=(0, 1)), "base")
     fig = figures.gain_bars(table, "base")

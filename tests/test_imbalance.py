@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -6,7 +7,8 @@ from synthetic import responses
 
 from asym import models
 from asym.data import load_split
-from asym.imbalance import distinct, dose_response, doses, measure_shares, share_predicts_lag
+from asym.imbalance import distinct, dose_response, doses, measure_shares, on_every_axis, share_predicts
+from asym.params import Params
 from asym.sft import SegmentCollator
 from asym.transcript import PERCEPTION, REASONING
 
@@ -107,10 +109,43 @@ def test_the_share_that_falls_as_the_lag_grows_is_found():
     steps.append(steps[2] | {"axis": "difficulty", "level": 0.1})
     table = distinct(dose_response(pd.concat(parts), pd.DataFrame(steps), resamples=20))
     assert (table.response == "lag").sum() == 5
-    found = share_predicts_lag(table).set_index(["over", "share"])
+    both = share_predicts(table)
+    assert set(both.response) == {"lag", "gap"}
+    found = both[both.response == "lag"].drop(columns="response").set_index(["over", "share"])
     assert found.loc[("text", "token_share"), ["rho", "p", "doses"]].tolist() == pytest.approx([-1, 1 / 120, 5])
     assert found.rho["text", "loss_share"] > -1
     assert found.loc["text"].equals(found.loc["all"])
+
+
+def test_shares_of_tokens_that_differ_by_a_hair_are_ties():
+    """Along entropy the tokens' share is meant to stand still; which dose has a millionth more is no ranking."""
+    parts, steps = [], []
+    for level, seen in enumerate((0.8, 0.6, 0.4, 0.2)):
+        rows, step = dosed({"token_averaged": (seen, 0.9), "ngdiff": (0.8, 0.9)}, float(level), axis="entropy")
+        parts.append(rows)
+        steps.append(step | {"token_share": 0.2 - 1e-6 * level, "grad_norm_perception": 3.0 - level})
+    found = share_predicts(dose_response(pd.concat(parts), pd.DataFrame(steps), resamples=20))
+    found = found[(found.response == "lag") & (found.over == "all")].set_index("share")
+    assert np.isnan(found.rho["token_share"])
+    assert found.rho["gradient_share"] == pytest.approx(-1)
+
+
+def test_the_studys_own_dose_is_put_on_every_axis_that_has_others():
+    p = Params().model_copy(update={"verbosity": 1, "difficulty_sudoku": 0.1})
+    rates = {"token_averaged": (0.5, 0.9)}
+    own = dosed(rates, 1.0, own=True)[0]
+    longer, harder = dosed(rates, 2.0)[0], dosed(rates, 0.3, axis="difficulty")[0]
+    kept = pd.concat([longer, harder, own])
+    found = on_every_axis(kept, p)
+    assert on_every_axis(found, p).equals(found)
+    places = found.groupby(["axis", "level", "own"]).size()
+    assert places.to_dict() == {
+        ("length", 1.0, True): len(own),
+        ("length", 2.0, False): len(longer),
+        ("difficulty", 0.1, True): len(own),
+        ("difficulty", 0.3, False): len(harder),
+    }
+    assert on_every_axis(own, p).equals(own)
 
 
 def test_the_gradient_share_is_that_of_the_weights_that_are_trained(tiny, base, root):

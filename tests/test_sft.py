@@ -364,6 +364,23 @@ def test_perception_first_turns_to_all_tokens_half_way(base, rows, tmp_path):
     assert found[2] == found[3] == pytest.approx(logged(trainer)["token_share"])
 
 
+def test_perception_first_learns_from_as_many_tokens_as_every_other_arm():
+    """Half of 200 steps on a twentieth of the tokens cost 5 whole steps: 195 are left."""
+    balance, steps = PerceptionFirst.at_equal_tokens(200, 0.05)
+    weights = [balance.weight(Segments(5, 95, progress=step / steps)) for step in range(steps)]
+    assert (weights.count(1.0), weights.count(0.05)) == (100, 195)
+    assert sum(5 if weight == 1.0 else 100 for weight in weights) == 200 * 100
+    assert PerceptionFirst.at_equal_tokens(1, 0.05)[1] == 1
+
+
+def test_the_stages_of_perception_first_warm_up_and_decay_by_their_length(base, rows, tmp_path):
+    model, processor = models.load(base.checkpoint)
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 3}
+    _, trainer = train(tmp_path, model, processor, rows, PerceptionFirst(1 / 3), steps=9, log_every=1, **settings)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0, 0.1, 0.05, *(0, 0.05, 0.1, 0.075, 0.05, 0.025)])
+
+
 def test_perception_first_warms_up_and_decays_twice(base, rows, tmp_path):
     model, processor = models.load(base.checkpoint)
     settings = {"lr_scheduler_type": "linear", "warmup_steps": 4}

@@ -120,6 +120,20 @@ def test_difference_of_gains_is_the_difference_of_the_paired_gains():
     assert difference.seeds == 3
 
 
+def test_a_gain_is_the_sum_of_what_problems_add_by_who_read_them():
+    rows = responses({"token_averaged": (0.4, 0.8), "ngdiff": (0.7, 0.8)}, seeds=(0, 1))
+    found = stats.gain_by_reading(rows, "ngdiff", "token_averaged", 50).set_index("reading")
+    assert found.estimate.sum() == pytest.approx(
+        stats.paired_difference(rows, "ngdiff", "token_averaged", "a", 10).estimate, abs=1e-5
+    )
+    assert found.share.sum() == pytest.approx(100)
+    assert found.estimate["newly read"] == pytest.approx(100 * 0.6 * 0.7 * 0.8, abs=5)  # who misreads is never right
+    assert found.estimate["no longer read"] == pytest.approx(-100 * 0.4 * 0.3 * 0.8, abs=5)
+    assert found.low["newly read"] < found.estimate["newly read"] < found.high["newly read"]
+    assert found.estimate["read by neither"] == 0
+    assert stats.gain_by_reading(rows, "pcgrad", "token_averaged").empty
+
+
 def test_correlations_equal_numpys():
     rng = np.random.default_rng(4)
     groups = np.repeat(np.arange(50), 6)

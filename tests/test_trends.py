@@ -5,7 +5,7 @@ from synthetic import responses, split
 from test_figures import TASKS, evaluated, line, texts
 
 from asym import coupling, figures, stats, trends
-from asym.imbalance import distinct, dose_response, share_predicts_lag
+from asym.imbalance import distinct, dose_response, share_predicts
 
 pytestmark = pytest.mark.usefixtures("drawing")
 
@@ -58,14 +58,14 @@ def test_the_map_of_doses_holds_every_dose_once(dosed):
 
 def test_shares_are_drawn_against_the_lag_with_their_rank_correlation(dosed):
     once = distinct(dosed)
-    agreement = share_predicts_lag(once)
+    agreement = share_predicts(once)
     fig = trends.share_predicts_lag(once, agreement)
     assert [ax.get_xlabel() for ax in fig.axes[3:]] == [f"share of {x} (%)" for x in ("tokens", "loss", "gradient")]
     lags = once[(once.response == "lag") & (once.task == "sudoku")]
     both = [part.token_share.corr(part.estimate, "spearman") for part in (lags[lags.axis != "difficulty"], lags)]
     assert fig.axes[0].get_title() == f"Sudoku\nρ = {both[0]:.2f} (all doses {both[1]:.2f})"
     assert len(lags) == 5
-    of_tokens = agreement[(agreement.task == "sudoku") & (agreement.share == "token_share")]
+    of_tokens = agreement.set_index(["response", "task", "share"]).loc[("lag", "sudoku", "token_share")]
     assert of_tokens.rho.tolist() == pytest.approx(both)
     assert of_tokens.doses.tolist() == [4, 5]
 
