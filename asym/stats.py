@@ -209,7 +209,8 @@ def gain_by_reading(rows: pd.DataFrame, arm: str, baseline: str, resamples: int 
         readings |= {"read by neither": ~before & ~after, "no longer read": before & ~after}
         for reading, chosen in readings.items():
             estimate = accuracy((gain * chosen).rename("value").reset_index(), "value", resamples=resamples)
-            about = {"task": task, "family": family, "arm": arm, "reading": reading, "share": 100 * chosen.mean()}
+            about = {"task": task, "family": family, "arm": arm, "reading": reading}
+            about["share"] = round(100 * chosen.mean(), 1)
             records.append(about | asdict(estimate))
     return pd.DataFrame(records)
 

@@ -126,7 +126,7 @@ def test_a_gain_is_the_sum_of_what_problems_add_by_who_read_them():
     assert found.estimate.sum() == pytest.approx(
         stats.paired_difference(rows, "ngdiff", "token_averaged", "a", 10).estimate, abs=1e-5
     )
-    assert found.share.sum() == pytest.approx(100)
+    assert found.share.sum() == pytest.approx(100, abs=0.2)  # rounded
     assert found.estimate["newly read"] == pytest.approx(100 * 0.6 * 0.7 * 0.8, abs=5)  # who misreads is never right
     assert found.estimate["no longer read"] == pytest.approx(-100 * 0.4 * 0.3 * 0.8, abs=5)
     assert found.low["newly read"] < found.estimate["newly read"] < found.high["newly read"]
