@@ -71,7 +71,7 @@ def _bench(args: argparse.Namespace) -> int:
     from asym.study import write_readme
 
     out, began = results_dir("bench"), time.monotonic()
-    start = train_start(p, train_base(p, p.seeds[0]), "sudoku", p.seeds[0])
+    start = train_start(p, train_base(p), "sudoku", p.seeds[0])
     table = bench(p, start, args.rounds)
     write_csv(out / "bench.csv", table)
     write_csv(out / "growth.csv", grown := growth(p, start, args.rounds))
@@ -138,7 +138,7 @@ def _train(args: argparse.Namespace) -> int:
     if "RANK" in os.environ:  # others of the launch may have to wait as long as another study trains the same arm
         PartialState(timeout=timedelta(days=2))
     for task, seed in itertools.product(p.tasks, p.seeds):
-        base = train_base(p, p.seeds[0])
+        base = train_base(p)
         if args.arm in sft.arms(p):
             run = sft.train_arm(p, base, task, args.arm, seed)
         else:

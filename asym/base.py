@@ -72,10 +72,11 @@ def scenes(p: Params, name: str, seed: int) -> Dataset:
     return Dataset.from_list(rows).cast_column("image", Image())
 
 
-def train_base(p: Params, seed: int) -> Run:
+def train_base(p: Params) -> Run:
     """What post-training starts from: the run of the vision stage, trained now if it has not been, or `p.model`."""
     if p.model:
         return Run.linked(repo_root(), models.fetch(p.model))
+    seed = p.base_seed
     keys = ("tasks", "vertices_min", "vertices_max", "sudoku_size", "blanks_min", "blanks_max", "image_size")
     keys += ("n_train_base", "variation", "hidden_size", "layers", "heads", "vision_hidden_size")
     keys += ("vision_layers", "patch_size", "language_steps", "language_lr", "language_batch", "family")

@@ -132,17 +132,19 @@ def coupling_gap(paired: pd.DataFrame, resamples: int = 1000) -> tuple[stats.Est
     return tuple(stats.bootstrap(totals, statistic, resamples) for statistic in found)
 
 
-def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
+def screening(
+    rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1000, alpha: float = 0.5
+) -> pd.DataFrame:
     """How well each surrogate follows true perception on the rollouts of one checkpoint, before any RL.
 
     `rewards` names the surrogates' columns (a prefix "reward_" is dropped). One line per task × family × perception
-    (a_p: exact, a_p_graded) × scope (pooled, within_group) × surrogate, with r, low, high, n (problems), seeds, spread
-    and rank: 1 is the highest r, nan where r is. `spread` is the surrogate's standard deviation within groups over that
-    of the outcome: GRPO normalises their weighted sum, so at equal weights the one that varies more decides more.
+    (a_p: exact, a_p_graded) × scope (pooled, within_group) × surrogate, with r, low, high, n (problems), seeds, say
+    and rank: 1 is the highest r, nan where r is. `say` is the surrogate's share, 0..1, in the advantages of GRPO when
+    it is paid with the weight `alpha` beside the outcome.
     """
     records = []
     for (task, family), group in rollouts.groupby(["task", "family"]):
-        within = group.groupby(["seed", "problem_id"])[["a", *rewards]].std(ddof=0).pow(2).mean().pow(0.5)
+        shares = {surrogate: _say(group, surrogate, alpha) for surrogate in rewards}
         for perception in ("a_p", "a_p_graded"):
             for scope, correlate in SCOPES.items():
                 for surrogate in rewards:
@@ -150,11 +152,26 @@ def screening(rollouts: pd.DataFrame, rewards: Sequence[str], resamples: int = 1
                     r = correlate(group[surrogate], group[perception], problems, group.seed, resamples)
                     line = {"task": task, "family": family, "surrogate": surrogate.removeprefix("reward_")}
                     line |= {"perception": perception, "scope": scope, **asdict(r)}
-                    records.append(line | {"spread": within[surrogate] / within.a if within.a else np.nan})
+                    records.append(line | {"say": shares[surrogate]})
     table = pd.DataFrame(records).rename(columns={"estimate": "r"})
     block = ["task", "family", "perception", "scope"]
     table["rank"] = table.groupby(block).r.rank(ascending=False, method="min")
     return table.sort_values([*block, "rank", "surrogate"], ignore_index=True)
+
+
+def _say(rollouts: pd.DataFrame, surrogate: str, alpha: float) -> float:
+    """The share of α·s in the variance of α·s + (1 − α)·a within a group, averaged over the groups that vary.
+
+    GRPO scales every group to unit variance. So where all outcomes are equal the surrogate has all the say, however
+    little it varies; the shares of both terms add up to one. nan if no group varies.
+    """
+    part = alpha * rollouts[surrogate]
+    terms = pd.DataFrame({"part": part, "total": part + (1 - alpha) * rollouts.a})
+    terms -= terms.groupby([rollouts.seed, rollouts.problem_id]).transform("mean")
+    products = pd.DataFrame({"part": terms.part * terms.total, "total": terms.total**2})
+    sums = products.groupby([rollouts.seed, rollouts.problem_id]).sum()
+    sums = sums[sums.total > 1e-9]
+    return (sums.part / sums.total).mean()
 
 
 def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 1000) -> pd.DataFrame:

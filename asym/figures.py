@@ -317,6 +317,7 @@ CLAIMS = {
     "C7": "r with reasoning − with perception",
     "C7 beyond the null": "r difference beyond the null",
     "C7 beyond forgiveness": "beyond the forgiving null",
+    "C7 own reading": "r with own reasoning − perception",
     "C8": "best α − outcome only",
     "C8 interior": "best inner α − best end",
     "C8 graded": "best graded α − outcome only",

@@ -58,7 +58,8 @@ class Params(BaseModel):
 
     # Study
     study: str = Field("smoke", description="name of the study and of its folder in results/")
-    seeds: list[Natural] = Field([0], min_length=1, description="seeds of post-training; the base has the first")
+    seeds: list[Natural] = Field([0], min_length=1, description="seeds of post-training")
+    base_seed: Natural = Field(0, description="seed of the base, which all seeds of post-training share")
     tasks: list[Task] = Field(["sudoku", "graph_coloring"], min_length=1, description="puzzles to study")
     family: Literal["qwen3_vl", "internvl"] = Field("qwen3_vl", description="model architecture")
     threads: Count = Field(2, description="CPU threads of torch for one arm; the base has those of all workers")

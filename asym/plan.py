@@ -77,7 +77,7 @@ GB = 1e9
 def config_of(p: Params) -> PretrainedConfig:
     """The configuration of the model of a study. Raises ParamsError if it is neither known, here, nor on the hub."""
     if not p.model:
-        return models.build_model(models.build_processor(vocabulary(p, p.seeds[0]), p), p, 0).config
+        return models.build_model(models.build_processor(vocabulary(p, p.base_seed), p), p, 0).config
     if p.model not in RELEASED:
         return models.config(p.model)
     (width, mlp, layers, heads, tied), (eye, eye_mlp, eye_layers, patch) = RELEASED[p.model]

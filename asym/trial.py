@@ -71,7 +71,7 @@ def build(p: Params) -> tuple[PreTrainedModel, ProcessorMixin]:
     config = plan.config_of(p)
     patch = config.vision_config.patch_size
     p = p.model_copy(update={"patch_size": patch if isinstance(patch, int) else patch[0], "family": config.model_type})
-    processor = models.build_processor(vocabulary(p, p.seeds[0]), p)
+    processor = models.build_processor(vocabulary(p, p.base_seed), p)
     token = processor.tokenizer.convert_tokens_to_ids
     start, context, video, end = map(token, IMAGE_TOKENS[p.family])
     config.image_token_id = context

@@ -55,7 +55,7 @@ def bases(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for room in ROOMS:
                 patch.setattr(f"asym.{room}.repo_root", lambda: folder)
-            return train_base(_tiny(family=family), 0)
+            return train_base(_tiny(family=family))
 
     return base_of
 

@@ -20,11 +20,16 @@ def test_own_format_reports_the_base_on_its_own_exercises(tiny, base, root):
     assert rows.notna().all(axis=None)
 
 
+def test_all_seeds_of_post_training_share_the_base(tiny, base, monkeypatch):
+    monkeypatch.setattr(stages, "repo_root", lambda: base.folder.parent.parent)
+    assert stages.train_base(tiny(seeds=[2, 1])).folder == base.folder
+
+
 def test_a_released_model_is_the_base_as_it_is_and_is_asked_for_whole_responses(tiny, base, root, monkeypatch):
     p = tiny(model=str(base.checkpoint), prompt_style="full")
-    run = stages.train_base(p, 0)
+    run = stages.train_base(p)
     assert run.checkpoint.resolve() == base.checkpoint.resolve()
-    assert stages.train_base(p, 1).folder == run.folder
+    assert stages.train_base(tiny(model=str(base.checkpoint), base_seed=1)).folder == run.folder
     asked = []
     monkeypatch.setattr(
         stages,

@@ -38,7 +38,7 @@ def p(request, released, tiny):
 @pytest.fixture
 def vlm(p, root):
     """(model, processor), fetched, linked and loaded as by a study."""
-    return models.load(train_base(p, 0).checkpoint, p)
+    return models.load(train_base(p).checkpoint, p)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_release_goes_through_sft_and_rl_on_published_data(p, root, tmp_path):
     p = p.model_copy(update=small | lora | start)
     (folder,) = export(p, tmp_path / "data")
     p = p.model_copy(update={"data": str(folder)})
-    base = train_base(p, 0)
+    base = train_base(p)
     for arm in ("token_averaged", "ngdiff"):
         tuned = train_arm(p, base, "sudoku", arm, 0)
         assert tuned.metrics().grad_norm_perception.gt(0).all()

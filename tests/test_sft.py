@@ -461,15 +461,15 @@ def test_an_interrupted_base_resumes_to_the_same_weights(tiny, root, monkeypatch
     p = tiny(language_steps=4, vision_steps=2, family=family)
     monkeypatch.setattr(sft, "SAVE_EVERY", 2)
     monkeypatch.setattr("asym.base.repo_root", lambda: root / "whole")
-    whole = train_base(p, 0)
+    whole = train_base(p)
     monkeypatch.setattr("asym.base.repo_root", lambda: root / "cut")
     with monkeypatch.context() as patch:
         interrupt(patch, at=3)
         with pytest.raises(KeyboardInterrupt):
-            train_base(p, 0)
+            train_base(p)
     (half,) = (root / "cut" / "runs").glob("base-language-*")
     assert [path.name for path in half.glob("trainer/checkpoint-*")] == ["checkpoint-2"]
-    resumed = train_base(p, 0)
+    resumed = train_base(p)
     one, other = (load_file(run.checkpoint / "model.safetensors") for run in (whole, resumed))
     assert_same(one, other, atol=0, rtol=0)
 
@@ -570,7 +570,7 @@ def test_the_base_is_one_model_for_both_tasks(base):
 
 
 def test_a_stage_of_no_steps_leaves_the_weights_as_they_were(tiny, root):
-    base = train_base(tiny(language_steps=0, vision_steps=0), 0)
+    base = train_base(tiny(language_steps=0, vision_steps=0))
     (language,) = root.glob("runs/base-language-*/checkpoint/model.safetensors")
     one, other = load_file(language), load_file(base.checkpoint / "model.safetensors")
     assert_same(one, other, atol=0, rtol=0)
