@@ -126,7 +126,7 @@ class Params(BaseModel):
     sft_lr: Rate = Field(1e-3, description="learning rate of SFT")
     sft_batch: Count = Field(8, description="responses per forward pass of SFT")
     sft_accumulation: Count = Field(1, description="forward passes per step of SFT")
-    lambdas: list[Share] = Field([0.5], min_length=1, description="weights of perception's loss, an SFT arm each")
+    lambdas: list[Share] = Field([0.5], description="weights of perception's loss, an SFT arm each")
     balances: list[Baseline] = Field(
         ["uncertainty", "pcgrad", "perception_first"], description="further SFT arms: how others balance losses"
     )

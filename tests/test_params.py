@@ -50,7 +50,7 @@ def test_parameters_cells_hold_the_defaults(path: Path):
         ("sft_lr: 0", "sft_lr = 0: must be greater than 0"),
         ("rl_beta: .inf", "rl_beta = inf: must be a finite number"),
         ("lambdas: [0.5, 1.5]", "lambdas[1] = 1.5: must be less than or equal to 1"),
-        ("lambdas: []", "lambdas = []: must have at least 1 item"),
+        ("tasks: []", "tasks = []: must have at least 1 item"),
         ("alphas: [0.5, 5e-1]", "alphas = [0.5, '5e-1']: must not name the same value twice"),
         ("seeds: 3", "seeds = 3: must be a valid list"),
         ("n_test: true", "n_test = True: must be a valid integer"),
