@@ -107,14 +107,18 @@ def _bars(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
             part = table[(table.task == task) & (table.measure == measure)].set_index("arm").reindex(arms)
             place = np.arange(len(arms)) + offset
             ax.barh(place, part.estimate, 0.25, color=color, label=label)
-            ax.hlines(place, part.low, part.high, color="white", lw=4)  # a rim, to be seen on the dark bars
-            ax.hlines(place, part.low, part.high, color="black", lw=2)
+            _intervals(ax, place, part)
         ax.set_yticks(range(len(arms)), [display(arm) for arm in arms])
         ax.axvline(0, color="black", lw=1)
         ax.set(title=TASKS.get(task, task), xlabel=xlabel, ylim=(len(arms) - 0.5, -0.5))
     fig.suptitle(f"{title} ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
     fig.legend(*ax.get_legend_handles_labels(), ncols=3, frameon=False, loc="outside lower center")
     return fig
+
+
+def _intervals(ax: Axes, places, table: pd.DataFrame) -> None:
+    for color, width in (("white", 4), ("black", 2)):  # a rim, to be seen on the dark bars
+        ax.hlines(places, table.low, table.high, color=color, lw=width)
 
 
 def gain_by_reading(table: pd.DataFrame, baseline: str) -> Figure:
@@ -127,8 +131,7 @@ def gain_by_reading(table: pd.DataFrame, baseline: str) -> Figure:
     for (_, task), ax in axes.items():
         part = table[table.task == task].set_index("reading").reindex(readings)
         ax.barh(readings, part.estimate, 0.6, color=END_TO_END)
-        for color, width in (("white", 5), ("black", 2)):  # a rim, to be seen on the dark bars
-            ax.hlines(readings, part.low, part.high, color=color, lw=width)
+        _intervals(ax, readings, part)
         ax.set_yticks(range(len(readings)), readings)
         ax.axvline(0, color="black", lw=1)
         ax.set(title=f"{TASKS.get(task, task)}: {part.estimate.sum():+.1f} in all", xlabel="adds to the gain (points)")

@@ -4,6 +4,7 @@ All three are shares of the token-averaged loss, Σ_p/n + Σ_r/n: what perceptio
 minimises. Its share of the tokens is fixed by the data; the other two say how much of the signal it really is.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -75,6 +76,7 @@ def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: in
 # ---- dose and response -----------------------------------------------------------------------------------------------
 
 AXES = {"length": "verbosity", "entropy": "variation", "difficulty": "difficulty"}  # what each axis turns
+RESPONSE = ["task", "problem_id", "mode", "arm", "seed"]  # what tells the responses of a dose apart
 SHARES = ("token_share", "loss_share", "gradient_share")
 
 
@@ -85,13 +87,18 @@ def doses(p: Params, task: str) -> dict[tuple[str, float], Params]:
     """
     found = {}
     for axis, knob in AXES.items():
-        asked, name = getattr(p, f"dose_{knob}"), f"difficulty_{task}" if axis == "difficulty" else knob
+        asked, name = getattr(p, f"dose_{knob}"), _parameter(axis, task)
         for level in sorted({*asked, getattr(p, name)}) if asked else []:
             changed = {name: level}
             if axis == "length" and level > p.verbosity:  # a longer response needs more room
                 changed["max_new_tokens"] = p.max_new_tokens * (1 + level) // (1 + p.verbosity)
             found[axis, level] = p.model_copy(update=changed)
     return found
+
+
+def _parameter(axis: str, task: str) -> str:
+    """The parameter that an axis turns for a task."""
+    return f"difficulty_{task}" if axis == "difficulty" else AXES[axis]
 
 
 def path_shares(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -139,19 +146,19 @@ def dose_response(rows: pd.DataFrame, metrics: pd.DataFrame, resamples: int = 10
 
 def on_every_axis(rows: pd.DataFrame, p: Params) -> pd.DataFrame:
     """Rows of doses, with those of the study's own dose on every axis of their task, wherever they were kept."""
-    own = rows[rows.own].drop_duplicates(["task", "problem_id", "mode", "arm", "seed"])
+    own = rows[rows.own].drop_duplicates(RESPONSE)
     parts = []
-    for axis, knob in AXES.items():
+    for axis in AXES:
         of_axis = rows[~rows.own & (rows.axis == axis)]
         for task in of_axis.task.unique():
-            level = getattr(p, f"difficulty_{task}" if axis == "difficulty" else knob)
-            parts += [of_axis[of_axis.task == task], own[own.task == task].assign(axis=axis, level=float(level))]
+            level = float(getattr(p, _parameter(axis, task)))
+            parts += [of_axis[of_axis.task == task], own[own.task == task].assign(axis=axis, level=level)]
     return pd.concat(parts, ignore_index=True) if parts else rows
 
 
-def distinct(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of `dose_response` with the study's own dose once for each task, not on every axis."""
-    return table[~(table.own & table.duplicated(["task", "own", "response"]))]
+def distinct(table: pd.DataFrame, keys: Sequence[str] = ("task", "response")) -> pd.DataFrame:
+    """The table of `dose_response`, or rows by `RESPONSE`, with the study's own dose once and not on every axis."""
+    return table[~(table.own & table.duplicated([*keys, "own"]))]
 
 
 def share_predicts(table: pd.DataFrame) -> pd.DataFrame:

@@ -66,4 +66,4 @@ def reward_gradients(p: Params, start: Run, task: str, seed: int) -> pd.DataFram
 def screen(p: Params, start: Run, task: str) -> pd.DataFrame:
     """`coupling.screening` of a checkpoint at the first seed."""
     scored = scored_rollouts(p, start, task, p.seeds[0])
-    return screening(scored[scored["mode"] == "end_to_end"], NAMES, p.bootstrap)
+    return screening(scored[scored["mode"] == "end_to_end"], NAMES, p.bootstrap, p.surrogate_alpha)
