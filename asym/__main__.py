@@ -185,7 +185,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _claims(args: argparse.Namespace) -> int:
-    from asym import figures
+    from asym import figures, forest
     from asym.claims import recompute
     from asym.runs import repo_root, write_csv
     from asym.study import renew_manifest, write_readme
@@ -193,10 +193,10 @@ def _claims(args: argparse.Namespace) -> int:
     results = Path(args.results).resolve()
     table = recompute(results)
     write_csv(results / "tables" / "claims.csv", table)
-    forest = results / "figures" / "claims_forest"
-    if forest.with_suffix(".svg").exists():
+    figure = results / "figures" / "claims_forest"
+    if figure.with_suffix(".svg").exists():
         figures.style()
-        figures.save(figures.claims_forest(table), forest)
+        figures.save(forest.claims_forest(table), figure)
     renew_manifest(results)
     write_readme(repo_root())
     print(table.drop(columns=["family", "paper"]).round(2).to_string(index=False, na_rep=""))

@@ -5,6 +5,7 @@ told apart by place and label, never by these colours. Whiskers are the 95 % int
 over seeds. A table holds one model family. Call `style()` once before drawing.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ GREEK = {
     **{"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")},
     **{"graded_": ("graded α", "outcome"), "reweighted_": ("re-weighted λ", "span_routed")},
 }
+
+
+ACROSS = 5  # panels that fit beside each other on a page
 
 
 def style() -> None:
@@ -146,7 +150,7 @@ def gain_by_reading(table: pd.DataFrame, baseline: str) -> Figure:
 
 
 def training_curves(metrics: pd.DataFrame) -> Figure:
-    """Loss of either segment (nats per token, log scale) against the step: a row per arm, a column per task."""
+    """Loss of either segment (nats per token, log scale) against the step, a panel per arm and task."""
     lines = {
         "loss_perception": ("perception", PERCEPTION, "-"),
         "loss_reasoning": ("reasoning", REASONING, "-"),
@@ -155,9 +159,9 @@ def training_curves(metrics: pd.DataFrame) -> Figure:
 
 
 def accuracy_curves(curves: pd.DataFrame, goal: pd.Series | None = None) -> Figure:
-    """a_p, a_r and a (points) against the step, from the table of `stats.curves`: a row per arm, a column per task.
+    """a_p, a_r and a (points) against the step, from the table of `stats.curves`, a panel per arm and task.
 
-    A dashed line stands at the `goal` of each task (points of a; its name says what it is).
+    Of few arms a dashed line stands at the `goal` of each task (points of a; its name says what it is).
     """
     lines = {measure: (label, color, "-") for measure, (label, color) in BARS.items()}
     title = "Accuracy along training, validation problems"
@@ -170,7 +174,7 @@ def accuracy_curves(curves: pd.DataFrame, goal: pd.Series | None = None) -> Figu
 
 
 def reward_curves(metrics: pd.DataFrame) -> Figure:
-    """Mean of every logged reward against the step: a row per arm, a column per task.
+    """Mean of the logged rewards against the step, a panel per arm and task; of surrogates, the one an arm is paid.
 
     Answer consistency, logged in every arm, is the reasoning about what the response itself states.
     """
@@ -181,17 +185,23 @@ def reward_curves(metrics: pd.DataFrame) -> Figure:
         "reward_perception_graded": ("perception, graded", PERCEPTION, "--"),
         "reward_format": ("format", QUIET, ":"),
     }
-    surrogates = [column for column in metrics if column.startswith("reward_") and column not in lines]
-    lines |= {column: (display(column.removeprefix("reward_")), SURROGATE, "-.") for column in surrogates}
+    own = metrics.drop(columns=list(lines), errors="ignore").to_dict("records")
+    metrics = metrics.assign(paid=[row.get(f"reward_{row['arm']}", np.nan) for row in own])
+    if metrics.paid.notna().any():
+        lines["paid"] = ("the surrogate it is paid", SURROGATE, "-.")
     return _curves(metrics, lines, "Rewards during GRPO", "mean reward")
 
 
 def _curves(
     metrics: pd.DataFrame, lines: dict, title: str, ylabel: str, log: bool = False, limits: tuple | None = None
 ) -> Figure:
-    """`lines`: column -> (label, colour, dash); the mean over seeds, and a band from the lowest to the highest."""
-    arms, seeds = ordered(metrics.arm), metrics.seed.nunique()
-    fig, axes = panels(arms, tasks_of(metrics), 6, 3.4 if len(arms) < 4 else 2.8, sharex=True, sharey=True)
+    """`lines`: column -> (label, colour, dash); the mean over seeds, and a band from the lowest to the highest.
+
+    A row per arm and a column per task; of many arms, for each task rows of `ACROSS`.
+    """
+    arms, tasks, seeds = ordered(metrics.arm), tasks_of(metrics), metrics.seed.nunique()
+    many = len(arms) > ACROSS - 1
+    fig, axes = _wrapped(arms, tasks) if many else panels(arms, tasks, 6, 3.4, sharex=True, sharey=True)
     ends = {}
     for (arm, task), ax in axes.items():
         ends[ax] = _lines(ax, metrics[(metrics.arm == arm) & (metrics.task == task)], lines)
@@ -200,14 +210,38 @@ def _curves(
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}")
+        ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}" if not many else display(arm))
         if limits:  # None would keep the limits of the panel drawn first
             ax.set_ylim(limits)
     bands = "; bands: lowest to highest" * (seeds > 1)
     fig.suptitle(f"{title} ({counted(seeds, 'seed')}{bands})")
-    fig.supxlabel("step")
     fig.supylabel(ylabel)
-    return _name(fig, ends)
+    if not many:
+        fig.supxlabel("step")
+        return _name(fig, ends)
+    for arm in arms[-(len(arms) % ACROSS or ACROSS) :]:
+        axes[arm, tasks[-1]].set_xlabel("step")
+    for arm, task in itertools.product(arms[::ACROSS], tasks):
+        axes[arm, task].set_ylabel(TASKS.get(task, task))
+    keys = {name: Line2D([], [], color=color, ls=dash) for name, color, dash in lines.values()}
+    fig.legend(keys.values(), keys, ncols=min(len(keys), ACROSS), frameon=False, loc="outside lower center")
+    return fig
+
+
+def _wrapped(arms: list[str], tasks: list[str]) -> tuple[Figure, dict]:
+    """Panels by (arm, task): below each other the tasks, and in each rows of `ACROSS` arms."""
+    lines = -(-len(arms) // ACROSS)
+    rows = [(task, line) for task in tasks for line in range(lines)]
+    fig, grid = panels(rows, range(ACROSS), 3.9, 2.7, sharex=True, sharey=True)
+    axes = {}
+    for (row, column), ax in grid.items():
+        task, place = row[0], row[1] * ACROSS + column
+        if place < len(arms):
+            axes[arms[place], task] = ax
+            ax.tick_params(labelbottom=place + ACROSS >= len(arms))  # also above an empty place
+        else:
+            ax.set_axis_off()
+    return fig, axes
 
 
 def lambda_path(metrics: pd.DataFrame) -> Figure:
@@ -300,71 +334,7 @@ def _name(fig: Figure, ends: dict[Axes, list[tuple]]) -> Figure:
     return fig
 
 
-# ---- claims ----------------------------------------------------------------------------------------------------------
-
-
-VERDICTS = {"reproduced": ("o", "black"), "inconclusive": ("s", QUIET), "not reproduced": ("X", "#b2182b")}
-CLAIMS = {
-    "C1": "SFT: gain in a_r − gain in a_p",
-    "C1 gap is left": "token-averaged: a_r − a_p",
-    "C2": "share of tokens − share of loss",
-    "C2 far below half": "½ − share of tokens",
-    "C3": "best λ − token-averaged",
-    "C4": "NGDiff − token-averaged",
-    "C4 not worse": "NGDiff − best λ",
-    "C5 a_p rises": "a_p, highest λ − lowest",
-    "C5 a_r falls": "a_r, lowest λ − highest",
-    "C5 interior": "best inner λ − best end",
-    "C6": "GRPO: gain in a_r − gain in a_p",
-    "C6 a_r rises": "GRPO: gain in a_r",
-    "C7": "r with reasoning − with perception",
-    "C7 beyond the null": "r difference beyond the null",
-    "C7 beyond forgiveness": "beyond the forgiving null",
-    "C7 own reading": "r with own reasoning − perception",
-    "C8": "best α − outcome only",
-    "C8 interior": "best inner α − best end",
-    "C8 graded": "best graded α − outcome only",
-    "C9": "best surrogate − outcome only",
-    "C10": "ρ of screening and gain",
-    "C10 within groups": "ρ, screening within groups",
-    "X1": "gap, longest reasoning − shortest",
-    "X1 perception falls": "a_p, shortest reasoning − longest",
-    "X1 perception lags": "lag behind NGDiff in a_p, likewise",
-    "X2": "span-routed − best α",
-    "X2 routed": "span-routed − outcome only",
-    "X2 re-weighted": "re-weighted − outcome only",
-    "X3": "NGDiff − perception first",
-}
-
-
-def claims_forest(claims: pd.DataFrame) -> Figure:
-    """Every claim's estimate and interval, marked by verdict: a column per task, correlations below the others."""
-    correlation = claims.claim.str.match("C7|C10")
-    units = {"points": claims[~correlation], "r": claims[correlation]}
-    units = {unit: part for unit, part in units.items() if len(part)}
-    names = {unit: list(dict.fromkeys(part.claim)) for unit, part in units.items()}
-    tasks, lines = tasks_of(claims), [len(claim) + 2 for claim in names.values()]
-    height = 0.5 * sum(lines) / len(lines)
-    grid = {"height_ratios": lines}
-    fig, axes = panels(list(units), tasks, 6.5, height, sharex="row", sharey="row", gridspec_kw=grid)
-    for (unit, task), ax in axes.items():
-        ax.axvline(0, color="black", lw=1)
-        for row in units[unit][units[unit].task == task].itertuples():
-            place = names[unit].index(row.claim)
-            if np.isnan(row.estimate):
-                ax.annotate(" not run", (0, place), va="center", color=QUIET, size=14)
-                continue
-            marker, color = VERDICTS[row.verdict]
-            ax.hlines(place, row.low, row.high, color=color, lw=3)
-            ax.plot(row.estimate, place, marker, color=color, ms=11)
-        ax.set_yticks(range(len(names[unit])), [f"{c.split()[0]}  {CLAIMS.get(c, c)}" for c in names[unit]])
-        ax.set(xlabel=unit, ylim=(len(names[unit]) - 0.5, -0.5))
-    for task in tasks:
-        axes[next(iter(units)), task].set_title(TASKS.get(task, task))
-    keys = [Line2D([], [], color=color, marker=mark, lw=3, label=word) for word, (mark, color) in VERDICTS.items()]
-    fig.suptitle(f"Claims and verdicts ({counted(claims.seeds.max(), 'seed')})")
-    fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
-    return fig
+# ---- layout ----------------------------------------------------------------------------------------------------------
 
 
 def samples(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
@@ -378,9 +348,6 @@ def samples(images: Sequence[Image.Image], titles: Sequence[str]) -> Figure:
         ax.imshow(image, interpolation="nearest")
         ax.set_title(title, size=16)
     return fig
-
-
-# ---- layout ----------------------------------------------------------------------------------------------------------
 
 
 def panels(rows: list[str], columns: list[str], width: float, height: float, **share) -> tuple[Figure, dict]:

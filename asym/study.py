@@ -49,7 +49,8 @@ def run_study(
     """Execute the notebooks of the repository at `root`, or those whose names start with one of `only`.
 
     Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds spent on
-    the study, resumptions included; "complete" is true once every notebook ran with these parameters.
+    the study, resumptions included; "complete" is true once every notebook ran with these parameters. A study that
+    joins itself adds arms to what it has stored; "parts" tells of the runs before this one.
     Raises ParamsError before anything is computed, NotebookError when a cell fails.
     """
     root = root or repo_root()
@@ -61,9 +62,10 @@ def run_study(
     before = read_manifest(results)
     # A parameter that is newer than those results was at its default when they were made
     made = Params().model_dump() | before.get("params", {})
-    same = "params" not in before or made == params.model_dump()
+    same = "params" not in before or made == params.model_dump() or params.study in params.join
     if only and not same:
-        raise ParamsError(f"{results}: study = {params.study!r}: must have the same parameters as before, or no --only")
+        told = f"the same parameters as before, or no --only, or join = [{params.study}] to add arms to what it has"
+        raise ParamsError(f"{results}: study = {params.study!r}: must have {told}")
 
     if not same:  # nothing of other parameters stays beside the new
         for part in ("tables", "rows", "figures", "notebooks"):
@@ -85,7 +87,7 @@ def run_study(
             write_text(results / "notebooks" / f"{name}.ipynb", _portable(notebook, root))
             clock["finished"] = sorted({*clock["finished"], name})
             write_json(clock_file, clock)
-            _write_manifest(results, params, clock, names, root)
+            _write_manifest(results, params, clock, names, root, _parts(before, params))
     write_readme(root)
 
 
@@ -243,14 +245,28 @@ def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
     return text + "\n"
 
 
-def _write_manifest(results: Path, params: Params, clock: dict, names: list[str], root: Path) -> None:
+def _parts(before: dict, params: Params) -> list[dict]:
+    """What made the stored arms of a study that joins itself: of every earlier run, the parameters that were free."""
+    if not before or params.study not in params.join:
+        return []
+    made = Params().model_dump() | before["params"]
+    if made == params.model_dump():  # resumed
+        return before.get("parts", [])
+    other = {key: value for key, value in made.items() if value != getattr(params, key)}
+    kept = ("notebooks", "revision", "packages", "platform", "seconds", "utc")
+    return [*before.get("parts", []), {"params": other} | {key: before[key] for key in kept}]
+
+
+def _write_manifest(
+    results: Path, params: Params, clock: dict, names: list[str], root: Path, parts: list[dict]
+) -> None:
     files = _files(results)
     about = manifest(params.model_dump(), sum(clock["spent"].values()), files, root)
     about["torch_threads"] = params.threads  # of the notebooks, not of this process
     published = {path.stem for path in files if path.parent.name == "notebooks"}
     complete = set(names) <= published & set(clock["finished"])
     head = {"study": params.study, "complete": complete, "notebooks": dict(sorted(clock["spent"].items()))}
-    write_json(results / "manifest.json", head | about)
+    write_json(results / "manifest.json", head | about | ({"parts": parts} if parts else {}))
 
 
 def renew_manifest(results: Path) -> None:

@@ -5,7 +5,7 @@ from matplotlib.colors import same_color
 from PIL import Image
 from synthetic import responses, split
 
-from asym import claims, figures, stats
+from asym import claims, figures, forest, stats
 
 pytestmark = pytest.mark.usefixtures("drawing")
 
@@ -110,12 +110,12 @@ def test_training_curves_show_both_losses_in_their_colours(seeds):
         np.testing.assert_allclose(line(ax, color).get_ydata(), part.groupby("step")[column].mean())
 
 
-def test_reward_curves_show_a_surrogate_only_where_it_was_logged():
+def test_reward_curves_show_a_surrogate_only_where_it_is_paid():
     table = metrics(["reward_outcome", "reward_perception", "reward_format"], ["outcome", "validity"], steps=4)
-    table["reward_validity"] = np.where(table.arm == "validity", 0.5, np.nan)
+    table["reward_validity"] = 0.5  # logged in every arm
     fig = figures.reward_curves(table)
     assert sorted(texts(fig.axes[0])) == ["format", "outcome", "perception"]
-    assert sorted(texts(fig.axes[2])) == ["format", "outcome", "perception", "validity"]
+    assert sorted(texts(fig.axes[2])) == ["format", "outcome", "perception", "the surrogate it is paid"]
     assert line(fig.axes[0], figures.PERCEPTION).get_marker() == "o"  # four steps are four points, not a curve
 
 
@@ -133,6 +133,18 @@ def test_names_at_the_ends_of_lines_do_not_cover_each_other():
     ax = figures.reward_curves(table).axes[0]
     offsets = sorted(text.get_position()[1] for text in ax.texts)
     assert np.diff(offsets) == pytest.approx([17, 17], abs=1e-6)
+
+
+def test_many_arms_stand_in_rows_of_five_for_each_task():
+    weights = [f"lambda_{k / 10:g}" for k in range(1, 7)]
+    curves = metrics(["a_p", "a_r", "a"], ["token_averaged", *weights], steps=3)
+    fig = figures.accuracy_curves(curves)
+    shown = [ax for ax in fig.axes if ax.axison]
+    assert [ax.get_title() for ax in shown] == 2 * ["token-averaged", *(f"λ = 0.{k}" for k in range(1, 7))]
+    assert [ax.get_ylabel() for ax in shown[::7]] == ["Sudoku", "Graph Coloring"]
+    expected = curves[(curves.task == "graph_coloring") & (curves.arm == "lambda_0.6")].a_r
+    np.testing.assert_allclose(line(shown[-1], figures.REASONING).get_ydata(), expected)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["perception", "reasoning", "end to end"]
 
 
 def test_lambda_path_shows_only_steps_with_gradient_norms():
@@ -164,15 +176,15 @@ def test_shares_are_dots_at_one_step_and_lines_over_several():
 def test_claims_are_drawn_by_unit_and_verdict():
     rollouts, counterfactual = split(evaluated(arms={"start": (0.6, 0.5)}, rollouts=4))
     table = claims.claims(sft_rows=evaluated(), rollouts=rollouts, counterfactual=counterfactual, resamples=50)
-    fig = figures.claims_forest(table)
+    fig = forest.claims_forest(table)
     assert [ax.get_xlabel() for ax in fig.axes] == ["points", "points", "r", "r"]
     names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert names[0].startswith("C1 ")
     assert " not run" in texts(fig.axes[0])
     c1 = table[(table.claim == "C1") & (table.task == "sudoku")].iloc[0]
     assert any(drawn.get_xdata()[0] == c1.estimate for drawn in fig.axes[0].lines)
-    assert set(table.claim) <= set(figures.CLAIMS)
-    assert len(figures.claims_forest(table[table.claim == "C1"]).axes) == 2
+    assert set(table.claim) <= set(forest.CLAIMS)
+    assert len(forest.claims_forest(table[table.claim == "C1"]).axes) == 2
 
 
 def test_samples_fill_a_grid():

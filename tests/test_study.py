@@ -72,6 +72,30 @@ def test_a_part_of_a_study_can_be_run_first(repo):
     assert not read_manifest(repo / "results" / "tiny")["complete"]
 
 
+def test_a_study_that_joins_itself_keeps_what_it_has_and_tells_of_its_parts(repo, monkeypatch):
+    monkeypatch.setattr("asym.study.repo_root", lambda: repo)
+    (repo / "fixed").touch()
+    params, results = repo / "tiny.yaml", repo / "results" / "tiny"
+    run_study(params, overrides={"lambdas": "[0.1]"}, root=repo)
+    first = read_manifest(results)
+    (results / "rows").mkdir()
+    (results / "rows" / "kept").touch()
+
+    more = {"lambdas": "[0.9]", "join": "[tiny]"}
+    for _ in range(2):  # the second resumes the first
+        run_study(params, ["01"], more, root=repo)
+        last = read_manifest(results)
+        assert last["params"]["lambdas"] == [0.9]
+        assert "results/tiny/rows/kept" in last["files"]
+        (part,) = last["parts"]
+        assert part["params"] == {"lambdas": [0.1], "join": []}
+        assert part["utc"] == first["utc"]
+    run_study(params, ["01"], more | {"lambdas": "[0.5]"}, root=repo)
+    assert [part["params"]["lambdas"] for part in read_manifest(results)["parts"]] == [[0.1], [0.9]]
+    with pytest.raises(ParamsError, match="it has n_test = 5, not 6"):
+        run_study(params, ["01"], more | {"n_test": "6"}, root=repo)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
