@@ -234,19 +234,8 @@ def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root
 def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
     # These draw, judge, drive and keep; what a run is told by params.py is in its config
-    others = {
-        "__main__",
-        "archive",
-        "bench",
-        "claims",
-        "coupling",
-        "figures",
-        "forest",
-        "growth",
-        "imbalance",
-        "parallel",
-    }
-    others |= {"params", "plan", "runs", "stats", "study", "trends", "trial"}
+    others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "forest", "growth", "imbalance"}
+    others |= {"parallel", "params", "plan", "runs", "stats", "study", "trends", "trial"}
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":
