@@ -68,7 +68,7 @@ def _bench(args: argparse.Namespace) -> int:
     from asym.growth import growth
     from asym.rl import train_start
     from asym.runs import manifest, repo_root, results_dir, write_csv, write_json
-    from asym.study import write_readme
+    from asym.study import write_readmes
 
     out, began = results_dir("bench"), time.monotonic()
     start = train_start(p, train_base(p), "sudoku", p.seeds[0])
@@ -80,7 +80,7 @@ def _bench(args: argparse.Namespace) -> int:
     files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     about = manifest(p.model_dump(), time.monotonic() - began, files)
     write_json(out / "manifest.json", {"study": "bench", "complete": True} | about)
-    write_readme(repo_root())
+    write_readmes(repo_root())
     print(table.to_string(index=False, na_rep=""))
     return 0
 
@@ -93,11 +93,11 @@ def _plan(args: argparse.Namespace) -> int:
         return _measure(studies, args.write)
     if args.write:
         from asym.runs import repo_root, write_csv
-        from asym.study import write_readme
+        from asym.study import write_readmes
 
         table = summary(studies)
         write_csv(repo_root() / "results" / "plan" / "plan.csv", table)
-        write_readme(repo_root())
+        write_readmes(repo_root())
         print(table.to_string(index=False))
         return 0
     for p in studies:
@@ -111,7 +111,7 @@ def _measure(studies: list[Params], write: bool) -> int:
     import pandas as pd
 
     from asym.runs import repo_root, write_csv
-    from asym.study import write_readme
+    from asym.study import write_readmes
     from asym.trial import trial
 
     tables = []
@@ -120,7 +120,7 @@ def _measure(studies: list[Params], write: bool) -> int:
         print(tables[-1].to_string(index=False, na_rep="", float_format="{:,.4g}".format))
     if write:
         write_csv(repo_root() / "results" / "plan" / "measured.csv", pd.concat(tables, ignore_index=True))
-        write_readme(repo_root())
+        write_readmes(repo_root())
     return 0
 
 
@@ -188,7 +188,7 @@ def _claims(args: argparse.Namespace) -> int:
     from asym import figures, forest
     from asym.claims import recompute
     from asym.runs import repo_root, write_csv
-    from asym.study import renew_manifest, write_readme
+    from asym.study import renew_manifest, write_readmes
 
     results = Path(args.results).resolve()
     table = recompute(results)
@@ -198,7 +198,7 @@ def _claims(args: argparse.Namespace) -> int:
         figures.style()
         figures.save(forest.claims_forest(table), figure)
     renew_manifest(results)
-    write_readme(repo_root())
+    write_readmes(repo_root())
     print(table.drop(columns=["family", "paper"]).round(2).to_string(index=False, na_rep=""))
     return 0
 

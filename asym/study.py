@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -88,7 +89,7 @@ def run_study(
             clock["finished"] = sorted({*clock["finished"], name})
             write_json(clock_file, clock)
             _write_manifest(results, params, clock, names, root, _parts(before, params))
-    write_readme(root)
+    write_readmes(root)
 
 
 def check(p: Params) -> None:
@@ -142,32 +143,57 @@ def room_for(name: str, message: str) -> str:
     )
 
 
-def write_readme(root: Path) -> None:
-    """Refresh the tables in README.md, so that no number in it is typed.
+READMES = ("README.md", "results/README.md", "params/README.md")
+MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}
+
+
+def write_readmes(root: Path) -> None:
+    """Refresh the tables in the README files, so that no number in them is typed.
 
     Between `<!-- table: PATH -->` and `<!-- end -->` stands the CSV file at PATH, estimates to one decimal
-    (correlations to two), their intervals in brackets.
+    (correlations to two), their intervals in brackets; after `<!-- findings: PATH -->`, a claims table in brief. Paths
+    are those from the root.
     """
-    readme = root / "README.md"
-    if not readme.exists():
-        return
-    block = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    block = re.compile(r"(<!-- (table|findings): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
     def fill(match: re.Match) -> str:
-        path = root / match[2]
-        return match[1] + (_markdown(pd.read_csv(path)) if path.exists() else "(not computed yet)\n") + match[3]
+        path = root / match[3]
+        if not path.exists():
+            return f"{match[1]}(not computed yet)\n{match[4]}"
+        table = pd.read_csv(path)
+        return match[1] + _markdown(_findings(table) if match[2] == "findings" else table) + match[4]
 
-    text = readme.read_text(encoding="utf-8")
-    if (filled := block.sub(fill, text)) != text:
-        write_text(readme, filled)
+    for readme in (root / name for name in READMES):
+        if readme.exists():
+            text = readme.read_text(encoding="utf-8")
+            if (filled := block.sub(fill, text)) != text:
+                write_text(readme, filled)
+
+
+def _findings(claims: pd.DataFrame) -> pd.DataFrame:
+    """A claims table in brief: a row per claim that was tested, with what it compares, a column per task."""
+    from asym.figures import TASKS  # here, because they take seconds
+    from asym.forest import CLAIMS
+
+    tested = claims[claims.n > 0]
+    cells = [f"{MARKS[row.verdict]} {_estimate(row)}" for row in tested.itertuples()]
+    wide = tested.assign(cell=cells).pivot(index="claim", columns="task", values="cell").rename(columns=TASKS)
+    wide = wide.reindex(tested.claim.unique()).sort_index(axis=1, ascending=False)
+    about = {"claim": [claim.split()[0] for claim in wide.index], "estimate": [CLAIMS[claim] for claim in wide.index]}
+    paper = tested.drop_duplicates("claim").set_index("claim").paper
+    return wide.assign(**about, paper=paper)[[*about, *wide.columns, "paper"]]
+
+
+def _estimate(row: Any) -> str:
+    """Estimate and interval of one line of a table."""
+    digits = 2 if getattr(row, "claim", "") in CORRELATIONS else 1
+    return "" if np.isnan(row.estimate) else f"{row.estimate:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
 
 
 def _markdown(table: pd.DataFrame) -> str:
     """A table as Markdown; estimate, low and high become one column, or one per measure where there are several."""
     if {"estimate", "low", "high"} <= set(table):
-        digits = np.where(table.get("claim", pd.Series("", table.index)).isin(CORRELATIONS), 2, 1)
-        cells = zip(table.estimate, table.low, table.high, digits, strict=True)
-        shown = ["" if np.isnan(x) else f"{x:.{d}f} [{low:.{d}f}, {high:.{d}f}]" for x, low, high, d in cells]
+        shown = [_estimate(row) for row in table.itertuples()]
         table = table.assign(estimate=shown).drop(columns=["low", "high"])
     if "measure" in table:
         measures = list(table.measure.unique())

@@ -204,7 +204,7 @@ def test_the_table_is_that_of_the_files_and_its_small_card_that_of_the_readme():
     assert not (table[[plan.LARGE, "8 x 80 GB (A100)"]] == "does not fit").any(axis=None)
     (small,) = [name for name in table if name.startswith(plan.SMALL)]
     assert ((table[small] != "does not fit") == table.study.str.contains("_2b_")).all()
-    readme = (repo_root() / "README.md").read_text(encoding="utf-8")
+    readme = (repo_root() / "params" / "README.md").read_text(encoding="utf-8")
     assert all(f"{key}={value}" in readme for key, value in plan.SPARING.items())
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from asym.claims import read_claims, recompute
 from asym.params import ParamsError
-from asym.runs import read_manifest, repo_root
-from asym.study import write_readme
+from asym.runs import read_manifest, repo_root, write_text
+from asym.study import READMES, write_readmes
 
-README = (repo_root() / "README.md").read_text(encoding="utf-8")
-STUDIES = [repo_root() / folder for folder in re.findall(r"<!-- table: (results/\w+)/tables/claims.csv -->", README)]
+README = {name: (repo_root() / name).read_text(encoding="utf-8") for name in READMES}
+SHOWN = re.findall(r"<!-- table: (results/\w+)/tables/claims.csv -->", README["results/README.md"])
+STUDIES = [repo_root() / folder for folder in SHOWN]
 
 
 @pytest.mark.parametrize("results", STUDIES, ids=lambda path: path.name)
@@ -30,18 +31,24 @@ def test_the_manifest_holds_the_hash_of_every_file(results):
     assert all(hashlib.sha256((repo_root() / name).read_bytes()).hexdigest() == value for name, value in hashes.items())
 
 
-def test_the_readme_shows_the_tables_as_they_are(tmp_path):
-    (tmp_path / "results").symlink_to(repo_root() / "results")
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    write_readme(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
-    assert "(not computed yet)" not in README
+@pytest.mark.parametrize("name", READMES)
+def test_the_readmes_show_the_tables_as_they_are(name, tmp_path):
+    for folder in (repo_root() / "results").iterdir():
+        if folder.is_dir():
+            (tmp_path / "results").mkdir(exist_ok=True)
+            (tmp_path / "results" / folder.name).symlink_to(folder)
+    write_text(tmp_path / name, README[name])
+    write_readmes(tmp_path)
+    assert (tmp_path / name).read_text(encoding="utf-8") == README[name]
+    assert "<!-- end -->" in README[name]
+    assert "(not computed yet)" not in README[name]
 
 
-def test_every_file_that_the_readme_names_exists():
-    linked = [name for name in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in name]
+def test_every_file_that_the_readmes_name_exists():
+    linked = [(name, path) for name, text in README.items() for path in re.findall(r"\]\(([^)#]+)[^)]*\)", text)]
+    linked = [(repo_root() / name).parent / path for name, path in linked if "://" not in path]
     assert len(linked) > 10
-    assert [name for name in linked if not (repo_root() / name).exists()] == []
+    assert [path for path in linked if not path.exists()] == []
 
 
 def test_a_folder_that_holds_no_study_is_refused(tmp_path):

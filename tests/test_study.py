@@ -5,13 +5,15 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from asym.params import Params, ParamsError
-from asym.runs import read_manifest, repo_root, write_json
-from asym.study import NotebookError, _portable, check, room_for, run_study, write_readme
+from asym.runs import read_manifest, write_csv, write_json, write_text
+from asym.study import NotebookError, _portable, check, room_for, run_study, write_readmes
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
 FIRST = ["from pathlib import Path", PATHS, "Path('log').open('a').write('1')"]
@@ -191,13 +193,25 @@ def test_cleaning_a_notebook_takes_time_linear_in_its_pictures():
     assert seconds(1_000_000) < 40 * max(seconds(100_000), 1e-3)  # quadratic: 100 times
 
 
-def test_readme_shows_the_tables_of_results(tmp_path):
-    text = (repo_root() / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    (tmp_path / "results").symlink_to(repo_root() / "results")
-    write_readme(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
-    assert "(not computed yet)" not in text
+def test_findings_are_the_tested_claims_in_brief(tmp_path):
+    claims = pd.DataFrame(
+        [
+            ("C4", "sudoku", 12.64, 8.5, 17.0, 500, "up to +18.2", "reproduced"),
+            ("C4", "graph_coloring", -1.0, -3.0, 1.0, 500, "up to +18.2", "inconclusive"),
+            ("C7", "sudoku", -0.123, -0.2, -0.1, 96, "yes", "not reproduced"),
+            ("C8", "sudoku", np.nan, np.nan, np.nan, 0, "up to +6.0", "inconclusive"),
+        ],
+        columns=["claim", "task", "estimate", "low", "high", "n", "paper", "verdict"],
+    )
+    write_csv(tmp_path / "claims.csv", claims)
+    write_text(tmp_path / "README.md", "<!-- findings: claims.csv -->\n<!-- end -->")
+    write_readmes(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()[1:-1] == [
+        "| claim | estimate | Sudoku | Graph Coloring | paper |",
+        "| --- | --- | --- | --- | --- |",
+        "| C4 | NGDiff − token-averaged | ✓ 12.6 [8.5, 17.0] | ? -1.0 [-3.0, 1.0] | up to +18.2 |",
+        "| C7 | r with reasoning − with perception | ✗ -0.12 [-0.20, -0.10] |  | yes |",
+    ]
 
 
 def test_studies_that_join_must_have_made_their_arms_alike(tmp_path, monkeypatch):
