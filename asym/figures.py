@@ -40,6 +40,7 @@ ARMS = {  # in the order they are drawn; the mixtures of `GREEK` follow the arm 
     "image_dependence": "image dependence",
     "answer_consistency": "answer consistency",
     "span_routed": "span-routed",
+    "perception_only": "perception only",
 }
 GREEK = {
     **{"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")},

@@ -48,7 +48,7 @@ Surrogate = Literal[
     "self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence", "answer_consistency"
 ]
 
-CREDITS = r"span_routed|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
+CREDITS = r"span_routed|perception_only|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
 
 
 class Params(BaseModel):
@@ -163,7 +163,7 @@ class Params(BaseModel):
         ["solver_blindfold"], min_length=1, description="label-free perception rewards, an RL arm each"
     )
     surrogate_alpha: PositiveShare = Field(0.5, description="weight of the surrogate in its RL arm")
-    credits: list[str] = Field([], description="RL arms span_routed and reweighted_λ: who gets the credit")
+    credits: list[str] = Field([], description="RL arms span_routed, perception_only, reweighted_λ: who is credited")
 
     # Measuring
     max_new_tokens: Count = Field(64, description="longest response in tokens")
@@ -279,7 +279,8 @@ class Params(BaseModel):
     @classmethod
     def _credit_arms(cls, value: list[str]) -> list[str]:
         if not all(re.fullmatch(CREDITS, arm) for arm in value):
-            raise ValueError("must hold span_routed, or reweighted_ with a number from 0 to 1, such as reweighted_0.5")
+            known = "span_routed, perception_only, or reweighted_ with a number from 0 to 1, such as reweighted_0.5"
+            raise ValueError(f"must hold {known}")
         return value
 
     @classmethod

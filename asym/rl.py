@@ -164,7 +164,8 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         ours = self._ours(ids)
         paid = [self._rewards[:, self.reward_func_names.index(name)] for name in ("perception", "outcome")]
         paid = [credit.group_advantages(rewards, self.num_generations)[ours] for rewards in paid]
-        return credit.routed(seen, *paid)
+        perception, outcome = paid
+        return credit.routed(seen, perception, 0 * outcome if self.arm == "perception_only" else outcome)
 
     def _generate_and_score_completions(self, inputs):
         prompt = torch.arange(len(inputs), device=self.accelerator.device) // self.num_generations
@@ -231,20 +232,25 @@ def like_start(p: Params) -> Params:
 
 
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
-    """The SFT checkpoint after `p.rl_start_steps`, or the first tenth of the arm that is half good at both halves.
+    """The SFT arm after `p.rl_start_steps`; if they are 0, after the fewest tenths of `p.sft_steps` that are half good.
 
-    Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least.
+    Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least. Each
+    is a training of its own, to the end of its schedule: checkpoints on the way, at a high learning rate, see and
+    reason as well but lose the thread more often, and RL would first of all mend that.
     """
-    p = like_start(p).model_copy(update={"curve_every": max(1, p.sft_steps // 10)})
+    p = like_start(p).model_copy(update={"curve_every": 0})
     if p.rl_start_steps:
         return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
-    sft.train_arm(p, base, task, p.rl_start_arm, seed)
-    passed = sft.along(p, base, task, p.rl_start_arm, seed)
-    rows = measure_along(p, passed, task, "sft", p.rl_start_arm, seed)
-    found = stats.curves(rows).set_index("step")[["a_p", "a_r"]] / 100
     low, high = HALF_GOOD
-    missed = (low - found).clip(lower=0) + (found - high).clip(lower=0)
-    return passed[missed.sum(axis=1).idxmin()]  # the first of several
+    tried, tenth = [], max(1, p.sft_steps // 10)
+    for steps in range(tenth, p.sft_steps + 1, tenth):
+        run = sft.train_arm(p, base, task, p.rl_start_arm, seed, steps)
+        found = stats.curves(measure_along(p, {steps: run}, task, "sft", p.rl_start_arm, seed)).iloc[0]
+        missed = sum(max(low - rate, 0, rate - high) for rate in (found.a_p / 100, found.a_r / 100))
+        tried.append((missed, run))
+        if not missed:
+            break
+    return min(tried, key=lambda each: each[0])[1]  # the first of several
 
 
 def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Run]:

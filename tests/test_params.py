@@ -60,7 +60,10 @@ def test_parameters_cells_hold_the_defaults(path: Path):
         ("n_train_rl: 3", "rl_prompts = 4: must be at most n_train_rl = 3"),
         ("tasks: [chess]", "tasks[0] = 'chess': must be 'sudoku' or 'graph_coloring'"),
         ("surrogates: [luck]", "surrogates[0] = 'luck': must be 'self_blindfold', 'solver_blindfold'"),
-        ("credits: [reweighted_2]", "credits = ['reweighted_2']: must hold span_routed, or reweighted_"),
+        (
+            "credits: [reweighted_2]",
+            "credits = ['reweighted_2']: must hold span_routed, perception_only, or reweighted_",
+        ),
         ("rl_start_arm: lambda_1.5", "rl_start_arm = 'lambda_1.5': must be token_averaged, ngdiff or lambda_"),
         ("image_size: 72", "patch_size = 8: twice its value must divide image_size = 72"),
         ("vertices_min: 7", "vertices_max = 6: must be at least vertices_min = 7"),

@@ -174,8 +174,12 @@ def test_twice_the_rollouts_take_twice_the_time_and_eight_cards_an_eighth_of_tra
 
 
 def test_the_study_is_the_sum_of_its_arms(paper, sizes):
-    spent = plan.hours(paper, sizes, ONE)  # 8 SFT arms and the start of RL; outcome, 3 + 1 mixed, 1 surrogate, 1 routed
-    assert spent["the study"] == pytest.approx(9 * spent["an SFT arm"] + 7 * spent["an RL arm"] + spent["measuring"])
+    spent = plan.hours(paper, sizes, ONE)  # 8 SFT arms; outcome, 3 + 1 mixed, 1 surrogate, 1 routed; RL's start
+    arms = 8 * spent["an SFT arm"] + 7 * spent["an RL arm"] + sum(range(1, 11)) / 10 * spent["an SFT arm"]
+    assert spent["the study"] == pytest.approx(arms + spent["measuring"])
+    told = plan.hours(paper.model_copy(update={"rl_start_steps": paper.sft_steps}), sizes, ONE)
+    trained = spent["the study"] - spent["measuring"] - (told["the study"] - told["measuring"])
+    assert trained == pytest.approx(4.5 * spent["an SFT arm"])
     asks = paper.model_copy(update={"surrogates": ["self_blindfold"]})
     answers = plan.hours(asks, sizes, ONE)["the study"] - spent["the study"]
     assert answers == pytest.approx(plan.rollout_hours(paper, sizes, ONE)[1])

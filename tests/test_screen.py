@@ -62,15 +62,19 @@ def test_a_folder_without_a_checkpoint_is_refused(tiny, root):
         rl.train_start(tiny(start_model=str(root)), None, "sudoku", 0)
 
 
-def test_a_start_is_the_first_checkpoint_that_is_half_good(tiny, base, root, monkeypatch):
+def test_a_start_is_the_shortest_training_that_is_half_good(tiny, base, root, monkeypatch):
     p = tiny(rl_start_arm="token_averaged", rl_start_steps=0, sft_steps=4, curve_every=1)
     rates = {1: (0.1, 0.5), 2: (0.35, 0.6), 3: (0.5, 0.5), 4: (0.9, 0.9)}
+    tried = []
 
     def measured(p, runs, *about):
-        parts = [responses({"token_averaged": rates[step]}, stream=step).assign(step=step) for step in runs]
-        return pd.concat(parts)
+        ((step, _),) = runs.items()
+        tried.append(step)
+        return responses({"token_averaged": rates[step]}, stream=step).assign(step=step)
 
     monkeypatch.setattr(rl, "measure_along", measured)
-    assert rl.train_start(p, base, "sudoku", 0).config["at"] == 2
+    assert rl.train_start(p, base, "sudoku", 0).config["steps"] == 2
+    assert tried == [1, 2]
     rates[2] = rates[3] = (0.0, 1.0)
-    assert rl.train_start(p, base, "sudoku", 0).config["at"] == 1  # none is: the one that misses least
+    assert rl.train_start(p, base, "sudoku", 0).config["steps"] == 1  # none is: the one that misses least
+    assert tried[2:] == [1, 2, 3, 4]
