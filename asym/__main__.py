@@ -66,9 +66,9 @@ def _bench(args: argparse.Namespace) -> int:
     from asym.base import train_base
     from asym.bench import bench
     from asym.growth import growth
+    from asym.readme import write_readmes
     from asym.rl import train_start
     from asym.runs import manifest, repo_root, results_dir, write_csv, write_json
-    from asym.study import write_readmes
 
     out, began = results_dir("bench"), time.monotonic()
     start = train_start(p, train_base(p), "sudoku", p.seeds[0])
@@ -92,8 +92,8 @@ def _plan(args: argparse.Namespace) -> int:
     if args.measure:
         return _measure(studies, args.write)
     if args.write:
+        from asym.readme import write_readmes
         from asym.runs import repo_root, write_csv
-        from asym.study import write_readmes
 
         table = summary(studies)
         write_csv(repo_root() / "results" / "plan" / "plan.csv", table)
@@ -110,8 +110,8 @@ def _plan(args: argparse.Namespace) -> int:
 def _measure(studies: list[Params], write: bool) -> int:
     import pandas as pd
 
+    from asym.readme import write_readmes
     from asym.runs import repo_root, write_csv
-    from asym.study import write_readmes
     from asym.trial import trial
 
     tables = []
@@ -187,8 +187,9 @@ def _export(args: argparse.Namespace) -> int:
 def _claims(args: argparse.Namespace) -> int:
     from asym import figures, forest
     from asym.claims import recompute
+    from asym.readme import write_readmes
     from asym.runs import repo_root, write_csv
-    from asym.study import renew_manifest, write_readmes
+    from asym.study import renew_manifest
 
     results = Path(args.results).resolve()
     table = recompute(results)

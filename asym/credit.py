@@ -4,7 +4,7 @@
 
 - `span_routed` [ours]: perception tokens get the group-relative advantage of exact perception, the others that of the
   outcome.
-- `perception_only` [ours]: the same, but the others get none. Paid exact perception for every token (`alpha_1`), a
+- `routed_perception` [ours]: the same, but the others get none. Paid exact perception for every token (`alpha_1`), a
   model may lose its reasoning to the noise of advantages that say nothing of it; here it cannot.
 - `reweighted_<λ>`: all get the outcome's, but the loss is λ·(mean over perception tokens) + (1 − λ)·(mean over the
   others), as SFT weighs them; as an advantage per token that is A·λ·N/n_p and A·(1 − λ)·N/n_r of N = n_p + n_r tokens.

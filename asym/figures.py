@@ -40,7 +40,7 @@ ARMS = {  # in the order they are drawn; the mixtures of `GREEK` follow the arm 
     "image_dependence": "image dependence",
     "answer_consistency": "answer consistency",
     "span_routed": "span-routed",
-    "perception_only": "perception only",
+    "routed_perception": "routed, perception alone",
 }
 GREEK = {
     **{"lambda_": ("λ", "token_averaged"), "alpha_": ("α", "outcome")},
@@ -201,7 +201,7 @@ def _curves(
     A row per arm and a column per task; of many arms, for each task rows of `ACROSS`.
     """
     arms, tasks, seeds = ordered(metrics.arm), tasks_of(metrics), metrics.seed.nunique()
-    many = len(arms) > ACROSS - 1
+    many = len(arms) >= ACROSS
     fig, axes = _wrapped(arms, tasks) if many else panels(arms, tasks, 6, 3.4, sharex=True, sharey=True)
     ends = {}
     for (arm, task), ax in axes.items():
@@ -224,7 +224,8 @@ def _curves(
         axes[arm, tasks[-1]].set_xlabel("step")
     for arm, task in itertools.product(arms[::ACROSS], tasks):
         axes[arm, task].set_ylabel(TASKS.get(task, task))
-    keys = {name: Line2D([], [], color=color, ls=dash) for name, color, dash in lines.values()}
+    drawn = {name for ended in ends.values() for _, _, name, _ in ended}
+    keys = {name: Line2D([], [], color=color, ls=dash) for name, color, dash in lines.values() if name in drawn}
     fig.legend(keys.values(), keys, ncols=min(len(keys), ACROSS), frameon=False, loc="outside lower center")
     return fig
 

@@ -48,7 +48,7 @@ Surrogate = Literal[
     "self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence", "answer_consistency"
 ]
 
-CREDITS = r"span_routed|perception_only|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
+CREDITS = r"span_routed|routed_perception|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
 
 
 class Params(BaseModel):
@@ -145,7 +145,7 @@ class Params(BaseModel):
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
     rl_start_verbosity: Verbosity = Field(1, description="its `verbosity`: short traces make for more rollouts")
     rl_start_variation: Share = Field(1.0, description="its `variation`: free wording is noise in a policy gradient")
-    rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0 for the first that is half good")
+    rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0: the fewest that make it half good")
     rl_steps: Count = Field(2, description="steps of every RL arm")
     rl_curve_every: Natural = Field(1, description="RL steps from one measurement of accuracy to the next; 0 for none")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")
@@ -163,7 +163,7 @@ class Params(BaseModel):
         ["solver_blindfold"], min_length=1, description="label-free perception rewards, an RL arm each"
     )
     surrogate_alpha: PositiveShare = Field(0.5, description="weight of the surrogate in its RL arm")
-    credits: list[str] = Field([], description="RL arms span_routed, perception_only, reweighted_λ: who is credited")
+    credits: list[str] = Field([], description="RL arms span_routed, routed_perception, reweighted_λ: who is credited")
 
     # Measuring
     max_new_tokens: Count = Field(64, description="longest response in tokens")
@@ -279,7 +279,7 @@ class Params(BaseModel):
     @classmethod
     def _credit_arms(cls, value: list[str]) -> list[str]:
         if not all(re.fullmatch(CREDITS, arm) for arm in value):
-            known = "span_routed, perception_only, or reweighted_ with a number from 0 to 1, such as reweighted_0.5"
+            known = "span_routed, routed_perception, or reweighted_ with a number from 0 to 1, such as reweighted_0.5"
             raise ValueError(f"must hold {known}")
         return value
 

@@ -282,13 +282,12 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
     an_hour = card.count * card.speed * 1e12 * REACHED * 3600  # FLOPs
     sft_arm, rl_arm = (flops / an_hour for flops in work(p, s).values())
     written, answered = rollout_hours(p, s, card)
-    # RL's start, chosen from ten trainings of one tenth to ten tenths, as if none but the last would do
-    starts = 0 if p.start_model else 1 if p.rl_start_steps else 5.5
-    trained = (sft_arms + starts) * sft_arm + rl_arms * (rl_arm + written)
+    starts = [] if p.start_model else rl.start_steps(p)  # all of them, as if none but the last would do
+    trained = (sft_arms + sum(starts) / p.sft_steps) * sft_arm + rl_arms * (rl_arm + written)
     trained += ("self_blindfold" in p.surrogates) * answered
     snapshots = sft_arms * ceil(p.sft_steps / (p.curve_every or p.sft_steps))
     snapshots += rl_arms * ceil(p.rl_steps / p.rl_curve_every) if p.rl_curve_every else 0
-    snapshots += 0 if p.start_model or p.rl_start_steps else 10  # to choose RL's start from
+    snapshots += len(starts) if len(starts) > 1 else 0
     asked = [
         (2 * (sft_arms + rl_arms + 2), p.n_test),
         (2 * (snapshots + 3), p.n_validation),  # and the base, also in its own four formats

@@ -96,7 +96,7 @@ def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
     """What an RL arm is paid, R = α·r + (1 − α)·a, as reward name → weight; all others are logged at weight 0.
 
     Arms: `outcome`; `alpha_<α>` and `graded_<α>` with exact and graded perception; the surrogates; `reweighted_<λ>`,
-    paid the outcome; `span_routed`, where either reward is paid in full, to its own tokens, and `perception_only`,
+    paid the outcome; `span_routed`, where either reward is paid in full, to its own tokens, and `routed_perception`,
     where other tokens are paid nothing (`credit.py`).
     Raises ValueError on any other.
     """
@@ -104,7 +104,7 @@ def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
         return {"outcome": 1.0}
     if arm == "span_routed":
         return {"perception": 1.0, "outcome": 1.0}
-    if arm == "perception_only":
+    if arm == "routed_perception":
         return {"perception": 1.0}
     if match := re.fullmatch(r"(alpha|graded)_([01]|0\.\d+)", arm):
         alpha = float(match[2])

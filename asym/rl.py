@@ -165,7 +165,7 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         paid = [self._rewards[:, self.reward_func_names.index(name)] for name in ("perception", "outcome")]
         paid = [credit.group_advantages(rewards, self.num_generations)[ours] for rewards in paid]
         perception, outcome = paid
-        return credit.routed(seen, perception, 0 * outcome if self.arm == "perception_only" else outcome)
+        return credit.routed(seen, perception, 0 * outcome if self.arm == "routed_perception" else outcome)
 
     def _generate_and_score_completions(self, inputs):
         prompt = torch.arange(len(inputs), device=self.accelerator.device) // self.num_generations
@@ -231,6 +231,11 @@ def like_start(p: Params) -> Params:
     return p.model_copy(update={"verbosity": p.rl_start_verbosity, "variation": p.rl_start_variation})
 
 
+def start_steps(p: Params) -> list[int]:
+    """The lengths of SFT among which the start of RL is chosen: tenths of `p.sft_steps`, or `p.rl_start_steps`."""
+    return [p.rl_start_steps] if p.rl_start_steps else sorted({-(-p.sft_steps * k // 10) for k in range(1, 11)})
+
+
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
     """The SFT arm after `p.rl_start_steps`; if they are 0, after the fewest tenths of `p.sft_steps` that are half good.
 
@@ -242,8 +247,8 @@ def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
     if p.rl_start_steps:
         return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
     low, high = HALF_GOOD
-    tried, tenth = [], max(1, p.sft_steps // 10)
-    for steps in range(tenth, p.sft_steps + 1, tenth):
+    tried = []
+    for steps in start_steps(p):
         run = sft.train_arm(p, base, task, p.rl_start_arm, seed, steps)
         found = stats.curves(measure_along(p, {steps: run}, task, "sft", p.rl_start_arm, seed)).iloc[0]
         missed = sum(max(low - rate, 0, rate - high) for rate in (found.a_p / 100, found.a_r / 100))

@@ -93,6 +93,8 @@ def joined(own: "pd.DataFrame", studies: Iterable[str], name: str) -> "pd.DataFr
     keys = [key for key in ("task", "family", "arm", "seed", "axis", "level") if key in own]
     for study in studies:
         path = repo_root() / "results" / study / name
+        if not path.exists():
+            raise ParamsError(f"join: {study!r}: has no {name} to join; run it again with this version")
         stored = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
         known = pd.MultiIndex.from_frame(own[keys].drop_duplicates())
         own = pd.concat([own, stored[~pd.MultiIndex.from_frame(stored[keys]).isin(known)]], ignore_index=True)
@@ -235,7 +237,7 @@ def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
     # These draw, judge, drive and keep; what a run is told by params.py is in its config
     others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "forest", "growth", "imbalance"}
-    others |= {"parallel", "params", "plan", "runs", "stats", "study", "trends", "trial"}
+    others |= {"parallel", "params", "plan", "readme", "runs", "stats", "study", "trends", "trial"}
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":

@@ -15,19 +15,16 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import nbformat
-import numpy as np
-import pandas as pd
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from asym.claims import CORRELATIONS
 from asym.params import Params, ParamsError
+from asym.readme import write_readmes
 from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
 # What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
@@ -51,7 +48,8 @@ def run_study(
 
     Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds spent on
     the study, resumptions included; "complete" is true once every notebook ran with these parameters. A study that
-    joins itself adds arms to what it has stored; "parts" tells of the runs before this one.
+    joins itself adds arms to what it has stored; "parts" tells of the runs before this one. What is no table of arms
+    (notebook 1's, the long run, gradients) is this run's alone.
     Raises ParamsError before anything is computed, NotebookError when a cell fails.
     """
     root = root or repo_root()
@@ -65,7 +63,8 @@ def run_study(
     made = Params().model_dump() | before.get("params", {})
     same = "params" not in before or made == params.model_dump() or params.study in params.join
     if only and not same:
-        told = f"the same parameters as before, or no --only, or join = [{params.study}] to add arms to what it has"
+        told = f"the same parameters as before; or join = [{params.study}], to add arms to what it has; "
+        told += "or no --only, which deletes what it has"
         raise ParamsError(f"{results}: study = {params.study!r}: must have {told}")
 
     if not same:  # nothing of other parameters stays beside the new
@@ -143,71 +142,6 @@ def room_for(name: str, message: str) -> str:
     )
 
 
-READMES = ("README.md", "results/README.md", "params/README.md")
-MARKS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}
-
-
-def write_readmes(root: Path) -> None:
-    """Refresh the tables in the README files, so that no number in them is typed.
-
-    Between `<!-- table: PATH -->` and `<!-- end -->` stands the CSV file at PATH, estimates to one decimal
-    (correlations to two), their intervals in brackets; after `<!-- findings: PATH -->`, a claims table in brief. Paths
-    are those from the root.
-    """
-    block = re.compile(r"(<!-- (table|findings): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-    def fill(match: re.Match) -> str:
-        path = root / match[3]
-        if not path.exists():
-            return f"{match[1]}(not computed yet)\n{match[4]}"
-        table = pd.read_csv(path)
-        return match[1] + _markdown(_findings(table) if match[2] == "findings" else table) + match[4]
-
-    for readme in (root / name for name in READMES):
-        if readme.exists():
-            text = readme.read_text(encoding="utf-8")
-            if (filled := block.sub(fill, text)) != text:
-                write_text(readme, filled)
-
-
-def _findings(claims: pd.DataFrame) -> pd.DataFrame:
-    """A claims table in brief: a row per claim that was tested, with what it compares, a column per task."""
-    from asym.figures import TASKS  # here, because they take seconds
-    from asym.forest import CLAIMS
-
-    tested = claims[claims.n > 0]
-    cells = [f"{MARKS[row.verdict]} {_estimate(row)}" for row in tested.itertuples()]
-    wide = tested.assign(cell=cells).pivot(index="claim", columns="task", values="cell").rename(columns=TASKS)
-    wide = wide.reindex(tested.claim.unique()).sort_index(axis=1, ascending=False)
-    about = {"claim": [claim.split()[0] for claim in wide.index], "estimate": [CLAIMS[claim] for claim in wide.index]}
-    paper = tested.drop_duplicates("claim").set_index("claim").paper
-    return wide.assign(**about, paper=paper)[[*about, *wide.columns, "paper"]]
-
-
-def _estimate(row: Any) -> str:
-    """Estimate and interval of one line of a table."""
-    digits = 2 if getattr(row, "claim", "") in CORRELATIONS else 1
-    return "" if np.isnan(row.estimate) else f"{row.estimate:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown; estimate, low and high become one column, or one per measure where there are several."""
-    if {"estimate", "low", "high"} <= set(table):
-        shown = [_estimate(row) for row in table.itertuples()]
-        table = table.assign(estimate=shown).drop(columns=["low", "high"])
-    if "measure" in table:
-        measures = list(table.measure.unique())
-        about = [name for name in table if name not in ("measure", "estimate")]
-        table = table.pivot(index=about, columns="measure", values="estimate").reset_index()
-        table = table[[name for name in about if name not in ("n", "seeds")] + measures + ["n", "seeds"]]
-    lines = [
-        list(table),
-        ["---"] * table.shape[1],
-        *table.astype(object).where(table.notna(), "").astype(str).values.tolist(),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _select(names: list[str], only: list[str] | None) -> list[str]:
     """The names that start with one of `only`, or all; ParamsError for one that fits none."""
     wrong = [start for start in only or [] if not any(name.startswith(start) for name in names)]
@@ -272,15 +206,15 @@ def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
 
 
 def _parts(before: dict, params: Params) -> list[dict]:
-    """What made the stored arms of a study that joins itself: of every earlier run, the parameters that were free."""
+    """What made the stored arms of a study that joins itself: of every earlier run, the parameters that are free."""
     if not before or params.study not in params.join:
         return []
     made = Params().model_dump() | before["params"]
     if made == params.model_dump():  # resumed
         return before.get("parts", [])
-    other = {key: value for key, value in made.items() if value != getattr(params, key)}
+    free = {key: made[key] for key in made if key in FREE}
     kept = ("notebooks", "revision", "packages", "platform", "seconds", "utc")
-    return [*before.get("parts", []), {"params": other} | {key: before[key] for key in kept}]
+    return [*before.get("parts", []), {"params": free} | {key: before[key] for key in kept}]
 
 
 def _write_manifest(

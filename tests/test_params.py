@@ -62,7 +62,7 @@ def test_parameters_cells_hold_the_defaults(path: Path):
         ("surrogates: [luck]", "surrogates[0] = 'luck': must be 'self_blindfold', 'solver_blindfold'"),
         (
             "credits: [reweighted_2]",
-            "credits = ['reweighted_2']: must hold span_routed, perception_only, or",
+            "credits = ['reweighted_2']: must hold span_routed, routed_perception, or",
         ),
         ("rl_start_arm: lambda_1.5", "rl_start_arm = 'lambda_1.5': must be token_averaged, ngdiff or lambda_"),
         ("image_size: 72", "patch_size = 8: twice its value must divide image_size = 72"),

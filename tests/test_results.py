@@ -9,8 +9,8 @@ import pytest
 
 from asym.claims import read_claims, recompute
 from asym.params import ParamsError
+from asym.readme import READMES, write_readmes
 from asym.runs import read_manifest, repo_root, write_text
-from asym.study import READMES, write_readmes
 
 README = {name: (repo_root() / name).read_text(encoding="utf-8") for name in READMES}
 SHOWN = re.findall(r"<!-- table: (results/\w+)/tables/claims.csv -->", README["results/README.md"])

@@ -153,7 +153,7 @@ def test_an_arm_trains_a_mix_that_sums_to_one():
     assert weights_of("graded_0.3", 0.5) == {"perception_graded": 0.3, "outcome": 0.7}
     assert weights_of("reweighted_0.3", 0.5) == {"outcome": 1}
     assert weights_of("span_routed", 0.5) == {"perception": 1, "outcome": 1}
-    assert weights_of("perception_only", 0.5) == {"perception": 1}
+    assert weights_of("routed_perception", 0.5) == {"perception": 1}
     assert weights_of("self_blindfold", 0.3) == {"self_blindfold": 0.3, "outcome": 0.7}
     for surrogate in SURROGATES:
         assert weights_of(surrogate.__name__, 0.4) == {surrogate.__name__: 0.4, "outcome": 0.6}

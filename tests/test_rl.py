@@ -97,7 +97,7 @@ def test_rollouts_keep_their_groups_texts_and_every_reward(tiny, start, root, sc
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("arm", ["span_routed", "perception_only", "reweighted_0.3"])
+@pytest.mark.parametrize("arm", ["span_routed", "routed_perception", "reweighted_0.3"])
 def test_credit_arms_give_every_token_its_advantage(tiny, start, root, script, monkeypatch, arm):
     p = tiny(max_new_tokens=400)
     script(mixed_responses(p, "sudoku"))
@@ -119,7 +119,7 @@ def test_credit_arms_give_every_token_its_advantage(tiny, start, root, script, m
             group = rollouts[rollouts.problem_id == same.problem_id]
             a, a_p = ((same[k] - group[k].mean()) / (group[k].std() + 1e-4) for k in ("outcome", "perception"))
             scale = (0.3 * counts[0] / counts[1], 0.7 * counts[0] / (counts[0] - counts[1]))
-            paid = {"span_routed": (a_p, a), "perception_only": (a_p, 0.0)}
+            paid = {"span_routed": (a_p, a), "routed_perception": (a_p, 0.0)}
             both = paid.get(arm, (scale[0] * a, scale[1] * a))
             expected.add(tuple(round(value, 3) for value in both))
         advantages = inputs["advantages"][row]

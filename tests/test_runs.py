@@ -193,5 +193,5 @@ def test_arms_that_other_studies_have_stored_join_and_of_one_arm_the_first_count
     dosed = own.assign(axis="length", level=[0.0, 1.0])
     write_csv(tmp_path / "results" / "second" / "tables" / "dose.csv", dosed.assign(level=[1.0, 3.0], a=[8.0, 9.0]))
     assert list(joined(dosed, ["second"], "tables/dose.csv").a) == [0.0, 1.0, 9.0]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ParamsError, match=r"join: 'nowhere': has no rows/sft.parquet to join"):
         joined(own, ["nowhere"], "rows/sft.parquet")
