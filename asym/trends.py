@@ -95,14 +95,13 @@ def dose_map(table: pd.DataFrame) -> Figure:
     """
     shown = table[table.response.isin(RESPONSES)]
     doses = np.where(shown.own, "the study's", shown.axis + " " + shown.level.map("{:g}".format))
-    shown = shown.assign(dose=doses, axis=shown.axis.where(~shown.own, "")).sort_values(
-        "own", ascending=False, kind="stable"
-    )
+    place = shown.axis.map(list(DOSES).index).where(~shown.own, -1)
+    shown = shown.assign(dose=doses, place=place).sort_values(["place", "level"], kind="stable")
     shown = shown.assign(dose=pd.Categorical(shown.dose, list(dict.fromkeys(shown.dose))))
     star = np.where((shown.low > 0) | (shown.high < 0), "*", "")
     shown = shown.assign(text=shown.estimate.map("{:+.0f}".format) + star)
     limit = max(shown.estimate.abs().max(), 1)
-    borders = np.flatnonzero(np.diff(pd.factorize(shown.drop_duplicates("dose").axis)[0])) + 1
+    borders = np.flatnonzero(np.diff(shown.drop_duplicates("dose").place)) + 1
     fig, axes = figures.panels([""], list(RESPONSES), 5.2, 0.55 * shown.dose.nunique() + 1, sharey=True)
     for (_, response), ax in axes.items():
         part = shown[shown.response == response].set_index(["dose", "task"])

@@ -45,7 +45,7 @@ def test_responses_to_a_dose_are_drawn_in_the_same_grid(dosed):
 
 
 def test_the_map_of_doses_holds_every_dose_once(dosed):
-    fig = trends.dose_map(distinct(dosed))
+    fig = trends.dose_map(distinct(dosed)[::-1])
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == [
         *("the study's", "length 0", "length 3", "entropy 0.5", "difficulty 0.2")
     ]
