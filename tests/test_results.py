@@ -13,8 +13,8 @@ from asym.readme import READMES, write_readmes
 from asym.runs import read_manifest, repo_root, write_text
 
 README = {name: (repo_root() / name).read_text(encoding="utf-8") for name in READMES}
-SHOWN = re.findall(r"<!-- table: (results/\w+)/tables/claims.csv -->", README["results/README.md"])
-STUDIES = [repo_root() / folder for folder in SHOWN]
+SHOWN = sorted(set(re.findall(r"<!-- table: (results/\w+)/tables/\w+.csv -->", README["results/README.md"])))
+STUDIES = [repo_root() / folder for folder in SHOWN if (repo_root() / folder / "tables" / "claims.csv").exists()]
 
 
 @pytest.mark.parametrize("results", STUDIES, ids=lambda path: path.name)
