@@ -174,7 +174,7 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
                     offset,
                     textcoords="offset points",
                     size=13,
-                    bbox={"fc": "white", "ec": "none", "pad": 1},  # the line passes behind names
+                    bbox={"fc": "white", "ec": "none", "pad": 1, "alpha": 0.7},  # the line passes behind names
                     **sides,
                 )
             ax.set_title(figures.TASKS.get(task, task))
