@@ -72,8 +72,12 @@ def verdict(low: float, high: float, threshold: float = 0.0) -> str:
 
 
 def best_of(rows: pd.DataFrame, arms: list[str], name: str, folds: int = 5) -> pd.DataFrame:
-    """Rows of an arm `name` that takes each fold at each seed from whichever of `arms` has the best a outside both."""
+    """Rows of an arm `name` that takes each fold at each seed from whichever of `arms` has the best a outside both.
+
+    Arms that lack one of the seeds of the others are no candidates.
+    """
     candidates = rows[rows.arm.isin(arms)]
+    candidates = candidates[candidates.groupby("arm").seed.transform("nunique") == candidates.seed.nunique()]
     fold = pd.factorize(candidates.problem_id, sort=True)[0] % folds
     chosen = [candidates.iloc[:0]]
     for k, seed in itertools.product(np.unique(fold), candidates.seed.unique()):
@@ -227,17 +231,18 @@ def c9(rl_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
 def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """The higher a surrogate's r with exact a_p, pooled or within groups, the larger its gain in a over outcome-only.
 
-    Spearman's ρ; outcome-only is the same for all of them and drops out of the ranks. What is random here are the
-    surrogates, as draws of what one might have tried: n counts them, and the interval is over them (Fisher's z with the
-    standard error of Bonett and Wright, Psychometrika 65, 2000). With fewer than five, any order may come by chance,
-    and it is nan.
+    Spearman's ρ. What is random here are the surrogates, as draws of what one might have tried: n counts them, and the
+    interval is over them (Fisher's z with the standard error of Bonett and Wright, Psychometrika 65, 2000). With fewer
+    than five, any order may come by chance, and it is nan.
     """
-    a = stats.select(rl_rows, "a").groupby("arm").value.mean()
+    trained = [arm for arm in (*CANDIDATES, CONTROL) if arm in set(rl_rows.arm)]
+    gained = {arm: paired_difference(rl_rows, arm, "outcome", "a", 2) for arm in trained}  # no interval is used
+    gains = pd.Series({arm: gain.estimate for arm, gain in gained.items()}, dtype=float)
     for claim, scope in (("C10", "pooled"), ("C10 within groups", "within_group")):
         exact = screening[(screening.perception == "a_p") & (screening.scope == scope)]
         scores = exact.set_index("surrogate").r.dropna()
-        arms = [arm for arm in (*CANDIDATES, CONTROL) if arm in scores and arm in a]
-        yield claim, _ranks(scores[arms], a[arms], rl_rows.seed.nunique()), 0.0
+        arms = [arm for arm in gains.dropna().index if arm in scores]
+        yield claim, _ranks(scores[arms], gains[arms], rl_rows.seed.nunique()), 0.0
 
 
 def _ranks(scores: pd.Series, gains: pd.Series, seeds: int) -> Estimate:
@@ -309,7 +314,7 @@ def claims(
             continue
         for task, family in set.intersection(*(set(parts[name]) for name in needed)):
             tables = [parts[name][task, family] for name in needed]
-            alone = _by_seed(test, tables)
+            alone = _by_seed(test, tables, resamples)
             for claim, estimate, threshold in test(*tables, resamples):
                 line = {"claim": claim, "task": task, "family": family, **asdict(estimate)}
                 line |= {"by_seed": alone.get(claim, ""), "paper": PAPER.get(claim, "yes")}
@@ -317,15 +322,15 @@ def claims(
     return _sorted(pd.DataFrame(records, columns=COLUMNS))
 
 
-def _by_seed(test: Callable[..., Iterator[Part]], tables: list[pd.DataFrame]) -> dict[str, str]:
+def _by_seed(test: Callable[..., Iterator[Part]], tables: list[pd.DataFrame], resamples: int) -> dict[str, str]:
     """The estimates at each of several seeds alone, by claim, in the order of the seeds.
 
-    A seed alone also chooses its own best arm, where a claim is about the best of several.
+    A seed alone also chooses its own best arm, or the one that is hardest to beat, where a claim is about several.
     """
     seeds, found = sorted(tables[0].seed.unique()), {}
     for seed in seeds if len(seeds) > 1 else []:
         of_seed = [table[table.seed == seed] if "seed" in table else table for table in tables]
-        for claim, estimate, _ in test(*of_seed, resamples=2):  # their intervals are not used
+        for claim, estimate, _ in test(*of_seed, resamples):
             digits = 2 if claim in CORRELATIONS else 1
             found.setdefault(claim, []).append(f"{estimate.estimate:.{digits}f}")
     return {claim: ", ".join(values) for claim, values in found.items() if set(values) != {"nan"}}

@@ -174,40 +174,45 @@ def _say(rollouts: pd.DataFrame, surrogate: str, alpha: float) -> float:
     return (sums.part / sums.total).mean()
 
 
-def hacking(rollouts: pd.DataFrame, surrogates: Sequence[str], resamples: int = 1000) -> pd.DataFrame:
+def hacking(
+    rollouts: pd.DataFrame, surrogates: Sequence[str], over: Sequence[str], resamples: int = 1000
+) -> pd.DataFrame:
     """Was a surrogate gamed? What RL with it gained, in itself and in what it stands for, on the same problems.
 
-    *wrong* is the surrogate's gain on rollouts that saw wrong, over the problems that both arms misread at times: what
-    cannot come from seeing better. *Fooled* is the share of rollouts that saw wrong and yet beat their group's mean of
-    the surrogate.
+    *wrong* is the surrogate's gain on rollouts that saw wrong, but something, over the problems that both arms misread
+    at times. Some of it comes from seeing better: a misreading can be nearer to the truth. So it is to be held against
+    that of an arm paid for the truth itself, and beside the gain in perception. *Fooled* is the share of rollouts that
+    saw wrong and yet beat their group's mean of the surrogate.
 
     Args:
         rollouts: of the final checkpoint of every arm and of the arm start, on the same problems, with a column per
             surrogate.
+        over: the arms to compare with, of which those that are not there are passed over.
 
     Returns:
-        Columns task, family, arm, over (start, outcome), gain (surrogate, wrong, a_p, a, fooled), estimate, low, high
+        Columns task, family, arm, over, gain (surrogate, wrong, a_p, a_p_graded, a, fooled), estimate, low, high
         (points), n, seeds: paired by problem and seed. Only for surrogates that have an arm.
     """
-    group, records = ["problem_id", "seed"], []
+    group, gained, records = ["problem_id", "seed"], ["a_p", "a_p_graded", "a", "fooled"], []
     trained = set(rollouts.arm)
     for (task, family), part in rollouts.groupby(["task", "family"]):
         part = part.assign(problem_id=stats.own_problems(part))
         for surrogate in [name for name in surrogates if name in trained]:
             means = {}
-            for arm in (surrogate, "start", "outcome"):
+            others = [arm for arm in over if arm in set(part.arm)]
+            for arm in (surrogate, *others):
                 own = part[part.arm == arm]
                 own = own.assign(surrogate=own[surrogate])
                 ahead = own.surrogate > own.groupby(group).surrogate.transform("mean")
                 own = own.assign(fooled=(ahead & (own.a_p == 0)).astype(float))
-                means[arm] = 100 * own.groupby(group)[["surrogate", "a_p", "a", "fooled"]].mean()
-            for over in ("start", "outcome"):
-                gains = (means[surrogate] - means[over]).reset_index()
-                about = {"task": task, "family": family, "arm": surrogate, "over": over}
-                for name in ("surrogate", "a_p", "a", "fooled"):
+                means[arm] = 100 * own.groupby(group)[["surrogate", *gained]].mean()
+            for other in others:
+                gains = (means[surrogate] - means[other]).dropna().reset_index()
+                about = {"task": task, "family": family, "arm": surrogate, "over": other}
+                for name in ("surrogate", *gained):
                     records.append(about | {"gain": name} | asdict(stats.accuracy(gains, name, 1, resamples)))
-                misread = part[(part.a_p == 0) & part.arm.isin([surrogate, over])]
-                wrong = stats.paired_difference(misread, surrogate, over, surrogate, resamples)
+                misread = part[(part.a_p == 0) & (part.a_p_graded > 0) & part.arm.isin([surrogate, other])]
+                wrong = stats.paired_difference(misread, surrogate, other, surrogate, resamples)
                 records.append(about | {"gain": "wrong"} | asdict(wrong))
     columns = ["task", "family", "arm", "over", "gain", "estimate", "low", "high", "n", "seeds"]
     return pd.DataFrame(records, columns=columns)

@@ -40,7 +40,7 @@ def group_advantages(rewards: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def perception_mask(tokenizer, completions: torch.Tensor) -> torch.Tensor:
-    """Which tokens (B, T) lie before the end of the perception span; none in a row that never closes it.
+    """Which tokens (B, T) lie before the end of the perception span: all in a row that never closes it.
 
     The token that completes the closing tag is found by bisection, so that any tokenizer will do.
     """
@@ -51,7 +51,7 @@ def perception_mask(tokenizer, completions: torch.Tensor) -> torch.Tensor:
             middle = (first + last) // 2
             closed = CLOSING in tokenizer.decode(ids[: middle + 1])
             first, last = (first, middle) if closed else (middle + 1, last)
-        ends.append(first + 1 if first < len(ids) else 0)
+        ends.append(first + 1)
     places = torch.arange(completions.shape[1], device=completions.device)
     return places < torch.tensor(ends, device=completions.device)[:, None]
 

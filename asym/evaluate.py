@@ -28,6 +28,7 @@ def measure(
     *,
     split: str = "test",
     rollouts: int = 1,
+    modes: tuple[str, ...] = MODES,
 ) -> pd.DataFrame:
     """Responses of a trained run to a split and all their scores, from the run's cache where they exist.
 
@@ -35,19 +36,22 @@ def measure(
         split: `test` to report; `validation` to choose; `train_rl` to study rewards.
         rollouts: per problem and mode; 1 decodes greedily, more are sampled at `rl_temperature`. Where there are
             several, and of `train_rl`, only the first `n_coupling` problems are used.
+        modes: the first alone, where a_r is not asked for, or both.
 
     Returns:
         Columns task, family, stage, arm, seed, mode, problem_id, rollout, ground_truth, completion, a, a_p, a_p_graded,
         a_own, parse_failure, n_tokens. a_r is the mean of `a` where mode is "counterfactual".
     """
-    run = rows_run(p, trained, task, seed, split, rollouts)
+    run = rows_run(p, trained, task, seed, split, rollouts, modes)
     about = {"task": task, "family": p.family, "stage": stage, "arm": arm, "seed": seed}
     with threads(p.threads):
-        rows = run.table(lambda: responses(p, trained, task, seed, split, rollouts))
+        rows = run.table(lambda: responses(p, trained, task, seed, split, rollouts, modes))
     return rows.assign(**about)[[*about, *COLUMNS]]
 
 
-def rows_run(p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int) -> Run:
+def rows_run(
+    p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int, modes: tuple[str, ...] = MODES
+) -> Run:
     """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too."""
     keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch", "dtype", "attention"]
     keys += ["n_coupling"] * _of_the_first(split, rollouts) + ["rl_temperature"] * (rollouts > 1)
@@ -55,6 +59,8 @@ def rows_run(p: Params, trained: Run, task: str, seed: int, split: str, rollouts
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
+    if modes != MODES:
+        config["modes"] = modes
     return Run.open(repo_root(), f"rows-{task}", config)
 
 
@@ -73,7 +79,9 @@ COLUMNS = ["mode", "problem_id", "rollout", "ground_truth", "completion"]
 COLUMNS += ["a", "a_p", "a_p_graded", "a_own", "parse_failure", "n_tokens"]
 
 
-def responses(p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int) -> pd.DataFrame:
+def responses(
+    p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int, modes: tuple[str, ...] = MODES
+) -> pd.DataFrame:
     """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
     model, processor = models.load(trained.checkpoint, p)
     task, data = task_of(p, name), load_split(p, name, split, seed)
@@ -82,7 +90,7 @@ def responses(p: Params, trained: Run, name: str, seed: int, split: str, rollout
     columns = ("query", "image", "perception", "problem_id", "ground_truth")
     queries, images, perceptions, ids, truths = (data[column][:] for column in columns)
     rows, own = [], [""] * len(data)
-    for mode in MODES:
+    for mode in modes:
         starts = [prefill(text) if mode == "counterfactual" else "" for text in perceptions]
         # A greedy response that saw right did begin with the true p*: it is its own counterfactual (but for a tie
         # between two tokens, and for an end tag that used up the last token allowed)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from asym.params import Surrogate
+from asym.params import CREDITS, Surrogate
 from asym.scoring import read, score
 from asym.tasks import Task
 
@@ -100,12 +100,12 @@ def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
     where other tokens are paid nothing (`credit.py`).
     Raises ValueError on any other.
     """
-    if arm == "outcome" or re.fullmatch(r"reweighted_([01]|0\.\d+)", arm):
-        return {"outcome": 1.0}
     if arm == "span_routed":
         return {"perception": 1.0, "outcome": 1.0}
     if arm == "routed_perception":
         return {"perception": 1.0}
+    if arm == "outcome" or re.fullmatch(CREDITS, arm):
+        return {"outcome": 1.0}
     if match := re.fullmatch(r"(alpha|graded)_([01]|0\.\d+)", arm):
         alpha = float(match[2])
         return {"perception" if match[1] == "alpha" else "perception_graded": alpha, "outcome": 1 - alpha}

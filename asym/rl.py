@@ -366,7 +366,10 @@ def _generation(p: Params, run: Run, model: PreTrainedModel, processor: Processo
     PartialState().wait_for_everyone()
     model.name_or_path = str(run.folder / "start")
     room = {"vllm_max_model_length": PROMPT_ROOM + p.max_new_tokens}  # else the model's own, which fills the card
+    # Two engines round differently. By default a response counts only if the product of its tokens' ratios is below 3,
+    # which rounding alone can exceed in thousands of tokens: so each ratio is bounded for itself
     return room | {
+        "vllm_importance_sampling_mode": "token_truncate",
         "use_vllm": True,
         "vllm_mode": "colocate",
         "generation_kwargs": {"logit_bias": dict.fromkeys(forbidden, -100.0)},

@@ -6,7 +6,7 @@ from asym import models
 from asym.coupling import screening
 from asym.credit import policy_gradients
 from asym.data import load_split, task_of
-from asym.evaluate import measure, rows_run
+from asym.evaluate import MODES, measure, rows_run
 from asym.params import Params
 from asym.rewards import SURROGATES, with_surrogates
 from asym.runs import Run, repo_root
@@ -19,13 +19,20 @@ KEYS = ["mode", "problem_id", "rollout"]
 
 
 def scored_rollouts(
-    p: Params, start: Run, task: str, seed: int, arm: str = "start", split: str = "train_rl"
+    p: Params,
+    start: Run,
+    task: str,
+    seed: int,
+    arm: str = "start",
+    split: str = "train_rl",
+    modes: tuple[str, ...] = MODES,
 ) -> pd.DataFrame:
     """Rollouts of a checkpoint on problems of a split (as `evaluate.measure` returns them), each with all surrogates.
 
-    Counterfactual rollouts are among the rows, their surrogates nan. From the run's cache where they exist.
+    Counterfactual rollouts, if asked for, are among the rows, their surrogates nan. From the run's cache where they
+    exist.
     """
-    rows = measure(p, start, task, "rl", arm, seed, split=split, rollouts=p.coupling_rollouts)
+    rows = measure(p, start, task, "rl", arm, seed, split=split, rollouts=p.coupling_rollouts, modes=modes)
 
     def scores() -> pd.DataFrame:
         own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, split, seed)
@@ -34,7 +41,7 @@ def scored_rollouts(
             found = with_self_rewards(task_of(p, task), with_surrogates(task_of(p, task), own), data, policy)
         return found[[*KEYS, *NAMES]]
 
-    about = {"rows": rows_run(p, start, task, seed, split, p.coupling_rollouts).folder.name}
+    about = {"rows": rows_run(p, start, task, seed, split, p.coupling_rollouts, modes).folder.name}
     scored = Run.open(repo_root(), f"rl-screen-{task}", about).table(scores)
     return rows.merge(scored, how="left", on=KEYS, validate="one_to_one")
 
@@ -65,5 +72,5 @@ def reward_gradients(p: Params, start: Run, task: str, seed: int) -> pd.DataFram
 
 def screen(p: Params, start: Run, task: str) -> pd.DataFrame:
     """`coupling.screening` of a checkpoint at the first seed."""
-    scored = scored_rollouts(p, start, task, p.seeds[0])
-    return screening(scored[scored["mode"] == "end_to_end"], NAMES, p.bootstrap, p.surrogate_alpha)
+    own = scored_rollouts(p, start, task, p.seeds[0], modes=MODES[:1])
+    return screening(own, NAMES, p.bootstrap, p.surrogate_alpha)

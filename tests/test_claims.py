@@ -154,6 +154,14 @@ def test_the_best_of_one_arm_is_that_arm():
     assert module.best_of(rows, [], "best").empty
 
 
+def test_an_arm_without_all_seeds_is_no_candidate_for_the_best():
+    rows = responses({"x": (0.5, 0.5), "y": (0.5, 0.5), "z": (0.9, 0.9)}, problems=20)
+    rows = pd.concat([rows, rows[rows.arm != "z"].assign(seed=1)], ignore_index=True)
+    best = module.best_of(rows, ["x", "y", "z"], "best")
+    assert set(best.seed) == {0, 1}
+    assert len(best) == len(rows[rows.arm == "x"])
+
+
 def test_c5_looks_for_an_interior_peak_and_the_trade_off():
     peak = {"token_averaged": (0.3, 0.95), "lambda_0.1": (0.9, 0.9), "lambda_0.9": (0.95, 0.3)}
     found = verdicts(sft_rows=responses(peak))

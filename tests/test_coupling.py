@@ -191,6 +191,9 @@ def test_across_checkpoints_the_null_is_the_product_and_token_averaging_stands_a
         assert table.null["token_averaged", pair] > table.null["all arms", pair]
 
 
+OVER = ("start", "outcome", "alpha_0.5")
+
+
 def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
     """Rollouts by arm: rates of perception, of outcome, and of a surrogate that wrong perceptions earn as well."""
     rng, rows = np.random.default_rng(0), []
@@ -198,7 +201,7 @@ def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
         for problem in range(100):
             a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
             about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "mode": "end_to_end"}
-            about |= {"problem_id": f"test-{problem}"}
+            about |= {"problem_id": f"test-{problem}", "a_p_graded": 0.5 + a_p / 2}
             rows.append(pd.DataFrame(about | {"a": a, "a_p": a_p, "validity": surrogate}))
     return pd.concat(rows, ignore_index=True)
 
@@ -206,7 +209,7 @@ def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
 def test_a_surrogate_that_rises_because_perception_does_gains_nothing_where_it_is_wrong():
     rollouts = finals({arm: (sees, 0.4, 0.0) for arm, sees in (("start", 0.3), ("outcome", 0.3), ("validity", 0.7))})
     honest = rollouts.assign(validity=rollouts.a_p.where(rollouts.a_p == 1, (rollouts.index % 5 == 0).astype(float)))
-    table = coupling.hacking(honest, ["validity"], 200).set_index(["over", "gain"])
+    table = coupling.hacking(honest, ["validity"], OVER, 200).set_index(["over", "gain"])
     for over in ("start", "outcome"):
         assert table.low[over, "surrogate"] > 20
         assert table.low[over, "wrong"] < 0 < table.high[over, "wrong"]
@@ -214,7 +217,7 @@ def test_a_surrogate_that_rises_because_perception_does_gains_nothing_where_it_i
 
 def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
     rollouts = finals({"start": (0.4, 0.3, 0.3), "outcome": (0.4, 0.4, 0.3), "validity": (0.4, 0.4, 0.6)})
-    table = coupling.hacking(rollouts, ["validity", "group_agreement"], 200).set_index(["over", "gain"])
+    table = coupling.hacking(rollouts, ["validity", "group_agreement"], OVER, 200).set_index(["over", "gain"])
     means = rollouts.groupby("arm")[["validity", "a_p", "a"]].mean()
     for over in ("start", "outcome"):
         gained = 100 * (means.loc["validity"] - means.loc[over])
@@ -226,3 +229,16 @@ def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
         assert table.low[over, "wrong"] > 20
     assert set(table.n[~(table.index.get_level_values("gain") == "wrong")]) == {100}
     assert set(table.arm) == {"validity"}  # the other one was not trained
+
+
+def test_gaming_is_held_against_an_arm_paid_the_truth_and_unread_perceptions_do_not_count():
+    rates = {"start": (0.3, 0.3, 0.2), "outcome": (0.3, 0.3, 0.2), "alpha_0.5": (0.6, 0.4, 0.4)}
+    rollouts = finals(rates | {"validity": (0.6, 0.4, 0.4)})  # what it earns where it sees wrong, the truth earns, too
+    unread = rollouts[rollouts.arm == "validity"].assign(a_p=0.0, a_p_graded=0.0, validity=0.0)
+    rollouts = pd.concat([rollouts, unread], ignore_index=True)
+    other_seed = rollouts[rollouts.arm != "validity"].assign(seed=1)  # where the arm was not run
+    table = coupling.hacking(pd.concat([rollouts, other_seed]), ["validity"], OVER, 200).set_index(["over", "gain"])
+    assert table.low["outcome", "wrong"] > 10
+    assert table.low["alpha_0.5", "wrong"] < 0 < table.high["alpha_0.5", "wrong"]
+    assert set(table.seeds) == {1}
+    assert not table.estimate.isna().any()

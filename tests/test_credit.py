@@ -35,9 +35,9 @@ def test_the_perception_mask_ends_with_the_closing_tag(vlm):
     mask = perception_mask(tokenizer, encoded["input_ids"])
     whole = [each == PERCEPTION for each in segment_ids(texts[0], encoded["offset_mapping"][0].tolist())]
     assert mask[0].tolist() == whole
-    assert not mask[1].any()
+    assert mask[1].all()
     assert mask[2].tolist() == [True] + [False] * (mask.shape[1] - 1)
-    assert not mask[3].any()
+    assert mask[3].all()
 
 
 def test_a_tag_of_several_tokens_counts_to_its_last_one():
