@@ -52,8 +52,12 @@ def measure(
 def rows_run(
     p: Params, trained: Run, task: str, seed: int, split: str, rollouts: int, modes: tuple[str, ...] = MODES
 ) -> Run:
-    """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too."""
-    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "eval_batch", "dtype", "attention"]
+    """The run that holds what `measure` returns, whatever the checkpoint is called: a start is an SFT arm, too.
+
+    `eval_batch`, what fits into memory, is no part of its name, nor of an RL arm's: it moves rounding and which random
+    numbers a rollout meets, and whoever must lower it keeps what is finished.
+    """
+    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "dtype", "attention"]
     keys += ["n_coupling"] * _of_the_first(split, rollouts) + ["rl_temperature"] * (rollouts > 1)
     config = {key: getattr(p, key) for key in keys}
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}

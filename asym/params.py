@@ -170,7 +170,7 @@ class Params(BaseModel):
     n_coupling: Count = Field(8, description="problems for measuring reward coupling")
     coupling_rollouts: int = Field(4, ge=2, description="rollouts per problem for measuring reward coupling")
     n_gradient: Natural = Field(4, description="of these, problems whose policy gradients are compared; 0 for none")
-    eval_batch: Count = Field(256, description="responses generated at once")
+    eval_batch: Count = Field(256, description="responses generated at once; if it changes, what is finished is kept")
     bootstrap: Count = Field(1000, description="bootstrap resamples of an interval")
 
     # Checks across keys look only at keys declared above them that are themselves valid, and so never hide one another.

@@ -262,7 +262,7 @@ def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Ru
     """The runs of one RL arm on one task by step: every `p.rl_curve_every` steps, and last the arm itself."""
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    keys += ("eval_batch", "lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
+    keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
     config = {key: getattr(p, key) for key in keys}
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     return Run.along(repo_root(), f"rl-{task}-{arm}", config, p.rl_steps, p.rl_curve_every)
