@@ -5,6 +5,7 @@ Published: `query, image, ground_truth, response`. Ours beside them: `problem_id
 
 import hashlib
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 import PIL.Image
 from datasets import Dataset
+from transformers import ProcessorMixin
 
 from asym import published
 from asym.params import Params, ParamsError
@@ -95,10 +97,11 @@ def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     return Dataset.from_list(rows, features=FEATURES)
 
 
-def drawn_by(name: str) -> tuple[str, ...]:
-    """The parameters that decide a task's problems, their drawings and their prompts."""
+def drawn_by(p: Params, name: str) -> dict[str, Any]:
+    """What decides a task's problems, drawings and prompts: parameters, and of a folder of data its files."""
     size = ("sudoku_size", "blanks_min", "blanks_max") if name == "sudoku" else ("vertices_min", "vertices_max")
-    return "data", "prompt_style", "image_size", f"difficulty_{name}", *size
+    keys = ("data", "prompt_style", "image_size", f"difficulty_{name}", *size)
+    return {key: getattr(p, key) for key in keys} | published.version(p.data)
 
 
 def load_split(p: Params, name: str, split: str, seed: int) -> Dataset:
@@ -107,17 +110,39 @@ def load_split(p: Params, name: str, split: str, seed: int) -> Dataset:
     return Dataset.from_parquet(str(run.folder / f"{split}.parquet"), cache_dir=str(run.folder / "cache"))
 
 
+def training_rows(p: Params, name: str, seed: int, processor: ProcessorMixin) -> Dataset:
+    """The rows of `train_sft`; of published data, those whose response has at most `p.max_new_tokens` tokens.
+
+    What the model could not write when it is measured it need not learn, and the longest decides over memory. A warning
+    counts the others. Raises ParamsError if none is left.
+    """
+    data = load_split(p, name, "train_sft", seed)
+    if p.data == "generated":
+        return data
+    lengths = [len(ids) for ids in processor.tokenizer(data["response"][:], add_special_tokens=False)["input_ids"]]
+    kept = [k for k, length in enumerate(lengths) if length < p.max_new_tokens]  # an end token follows
+    if not kept:
+        raise ParamsError(f"max_new_tokens = {p.max_new_tokens}: must be above {min(lengths)}, the shortest response")
+    if longer := len(data) - len(kept):
+        warnings.warn(
+            f"{longer} of {len(data)} responses of {name} are longer than max_new_tokens = {p.max_new_tokens}, and "
+            "left out of SFT",
+            stacklevel=2,
+        )
+    return data.select(kept)
+
+
 def left_out(p: Params, name: str, split: str, seed: int) -> pd.DataFrame:
     """The rows of published data that a split does without: columns reason and rows."""
     return pd.read_csv(_split_run(p, name, split, seed).folder / "left_out.csv")
 
 
 def _split_run(p: Params, name: str, split: str, seed: int) -> Run:
-    keys = (*drawn_by(name), "verbosity", "variation", f"n_{split}")
-    config = {key: getattr(p, key) for key in keys} | {"task": name, "split": split, "seed": seed}
-    if p.data != "generated":  # then there is nothing to draw, and one data set for every seed
-        config = {"data": p.data, "task": name, "split": split, f"n_{split}": config[f"n_{split}"]}
-        config |= {"n_validation": p.n_validation}  # rows that train_sft may have to give up
+    config = {"task": name, "split": split, f"n_{split}": getattr(p, f"n_{split}")}
+    if p.data == "generated":
+        config |= drawn_by(p, name) | {"verbosity": p.verbosity, "variation": p.variation, "seed": seed}
+    else:  # there is nothing to draw, and one data set for every seed; train_sft may have to give rows to validation
+        config |= {"data": p.data, "n_validation": p.n_validation} | published.version(p.data)
     run = Run.open(repo_root(), f"data-{name}-{split}", config)
     with run.locked():  # arms side by side come for the same split
         if not run.done:
@@ -155,7 +180,8 @@ def export(p: Params, folder: Path) -> list[Path]:
 def _card(p: Params, name: str, sizes: dict[str, int]) -> str:
     files = "".join(f"  - split: {part}\n    path: data/{part}-*\n" for part in sizes)
     counts = "\n".join(f"| {part} | {count} |" for part, count in sizes.items())
-    knobs = "\n".join(f"- `{key}`: {getattr(p, key)}" for key in (*drawn_by(name), "verbosity", "variation"))
+    knobs = drawn_by(p, name) | {"verbosity": p.verbosity, "variation": p.variation}
+    knobs = "\n".join(f"- `{key}`: {value}" for key, value in knobs.items())
     return f"""\
 ---
 configs:

@@ -57,9 +57,9 @@ def rows_run(
     `eval_batch`, what fits into memory, is no part of its name, nor of an RL arm's: it moves rounding and which random
     numbers a rollout meets, and whoever must lower it keeps what is finished.
     """
-    keys = [*drawn_by(task), f"n_{split}", "max_new_tokens", "dtype", "attention"]
+    keys = [f"n_{split}", "max_new_tokens", "dtype", "attention"]
     keys += ["n_coupling"] * _of_the_first(split, rollouts) + ["rl_temperature"] * (rollouts > 1)
-    config = {key: getattr(p, key) for key in keys}
+    config = {key: getattr(p, key) for key in keys} | drawn_by(p, task)
     config |= {"trained": trained.folder.name, "task": task, "split": split, "rollouts": rollouts}
     if rollouts > 1 or split.startswith("train"):  # else the seed, if the checkpoint has several, makes no difference
         config["seed"] = seed
@@ -87,7 +87,7 @@ def responses(
     p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int, modes: tuple[str, ...] = MODES
 ) -> pd.DataFrame:
     """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
-    model, processor = models.load(trained.checkpoint, p)
+    model, processor = models.load(trained.checkpoint, p, merge=False)
     task, data = task_of(p, name), load_split(p, name, split, seed)
     if _of_the_first(split, rollouts):
         data = data.select(range(min(p.n_coupling, len(data))))

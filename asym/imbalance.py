@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from asym import models, stats
-from asym.data import drawn_by, load_split
+from asym.data import drawn_by, training_rows
 from asym.params import Params
 from asym.runs import Run, progress, repo_root
 from asym.sft import SegmentCollator, token_losses
@@ -32,7 +32,8 @@ def measure_shares(
         loss_perception, loss_reasoning (nats per token).
     """
     keys = ("verbosity", "variation", "n_train_sft", "sft_batch", "trained_parts", "lora_rank", "dtype", "attention")
-    config = {key: getattr(p, key) for key in (*keys, *drawn_by(task))}
+    keys += ("max_new_tokens",) * (p.data != "generated")
+    config = {key: getattr(p, key) for key in keys} | drawn_by(p, task)
     config |= {"trained": trained.folder.name, "task": task, "seed": seed, "batches": batches}
     run = Run.open(repo_root(), f"shares-{task}", config)
     with threads(p.threads):
@@ -45,7 +46,7 @@ def _shares(p: Params, trained: Run, task: str, arm: str, seed: int, batches: in
     model, processor = models.load(trained.checkpoint, p)
     model.eval()
     model = models.as_trained(model, p, seed)  # only what training moves has a say
-    data = load_split(p, task, "train_sft", seed)
+    data = training_rows(p, task, seed, processor)
     # The same batches for every checkpoint, and none that any arm has seen more often than others
     order, collator = torch.Generator().manual_seed(seed), SegmentCollator(processor)
     loader = DataLoader(data, p.sft_batch, shuffle=True, generator=order, collate_fn=list)

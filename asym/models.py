@@ -273,8 +273,13 @@ def _reaching(name: str) -> Iterator[None]:
         ) from None
 
 
-def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    folder: Path, p: Params | None = None, merge: bool = True
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """A checkpoint and its processor; an adapter comes merged into the model it was trained on.
+
+    Without `merge` it stays beside that, as it was trained: added to weights in bfloat16, a small update, as RL makes,
+    would be rounded away. (One below it, which RL started from, is merged, as it was then.)
 
     Number format and kernel of attention are those of `p`, or of the checkpoint; on a GPU, if this process has one.
     Raises ParamsError if there is no such folder, if it cannot be read, or for want of a package.
@@ -284,7 +289,7 @@ def load(folder: Path, p: Params | None = None) -> tuple[PreTrainedModel, Proces
     kind = {"dtype": p.dtype, "attn_implementation": p.attention} if p else {}
     with _readable(folder):
         processor = AutoProcessor.from_pretrained(folder)
-        model = _merged(folder, kind)
+        model = _merged(folder, kind, merge)
     processor.tokenizer.padding_side = "left"
     if isinstance(processor, InternVLProcessor):
         processor.image_processor.max_patches = 1  # an image is one tile, whatever its shape
@@ -314,13 +319,16 @@ def all_weights(folder: Path | str, **kind: Any) -> PreTrainedModel:
     return model
 
 
-def _merged(folder: Path, kind: dict[str, str]) -> PreTrainedModel:
+def _merged(folder: Path, kind: dict[str, str], merge: bool = True) -> PreTrainedModel | PeftModel:
     if not (folder / "adapter_config.json").exists():
         return all_weights(folder, **kind)
     base = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path)  # perhaps an adapter itself: SFT, then RL
     if not base.exists():  # runs/ has moved, all of it together
         base = folder.parents[1] / base.parent.name / base.name
-    model = PeftModel.from_pretrained(_merged(base, kind), folder).merge_and_unload()
+    model = PeftModel.from_pretrained(_merged(base, kind), folder)
+    if not merge:
+        return model
+    model = model.merge_and_unload()
     model.name_or_path = str(folder)  # what an adapter trained on it says it needs
     return model
 

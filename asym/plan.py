@@ -294,7 +294,8 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
         # And self_blindfold, of the start and of every RL arm
         (2 * (1 if p.start_model else 3) + 1 + 3 * rl_arms, p.n_coupling * p.coupling_rollouts),
     ]
-    measuring = runs * sum(k * writing(p, s, card, s.length, n, min(n, p.eval_batch)) for k, n in asked)
+    layer = LAYER_STEP * (ADAPTED if p.lora_rank else 1)
+    measuring = runs * sum(k * writing(p, s, card, s.length, n, min(n, p.eval_batch), layer) for k, n in asked)
     found = {"an SFT arm": sft_arm, "an RL arm": rl_arm + written, "measuring": measuring}
     return found | {"the study": runs * trained + measuring, "paid": card.count * runs * trained + measuring}
 

@@ -68,6 +68,22 @@ def fetch(source: str) -> DatasetDict:
     return found
 
 
+def version(source: str) -> dict[str, Any]:
+    """What tells the data in a folder from other data that was or will be there: its files' names, sizes and times.
+
+    A data set of the hub is known by its name alone, as what `load_dataset` has cached of it is.
+    """
+    folder = Path(source).expanduser()
+    if source == "generated" or source.startswith(HUB) or not folder.is_dir():
+        return {}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {"files": [[str(path.relative_to(folder)), *_state(path)] for path in files]}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 

@@ -50,6 +50,9 @@ SAVE_EVERY = 5  # steps; a step is long
 REWARDS = (*LABELLED, *SURROGATES)
 PROMPT_ROOM = 1024  # tokens of a prompt with its image, at most
 GRPO = {"loss_type": "dapo", "epsilon": 0.2, "scale_rewards": "group", "lr_scheduler_type": "constant"}
+# What a step hands to its passes by token of a completion, or of prompt and completion
+PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
+PER_TOKEN += ("sampling_per_token_logps", "importance_sampling_ratio", "mm_token_type_ids")
 HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
 
 
@@ -75,6 +78,10 @@ class RolloutTrainer(Resumable, GRPOTrainer):
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
         ids, images, fields = super()._tokenize_prompts(prompts[:: self._copies])
+        if self.use_vllm:  # makes an image's one token into many itself, and would do so again (TRL's issue 6294)
+            frame = {"add_generation_prompt": True, "tokenize": False}
+            texts = self.processing_class.apply_chat_template(prompts, **frame, **self.chat_template_kwargs)
+            self._unexpanded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         every = lambda rows: rows and [row for row in rows for _ in range(self._copies)]  # noqa: E731
         return every(ids), every(images), fields  # the fields are those of the distinct prompts
 
@@ -93,6 +100,7 @@ class RolloutTrainer(Resumable, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self._copies == 1:
+            prompt_ids = self._unexpanded if self.use_vllm else prompt_ids
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         ids = [torch.tensor(row) for row in prompt_ids[:: self._copies]]
         fields = {"input_ids": ids, "attention_mask": [torch.ones_like(row) for row in ids]} | multimodal_fields
@@ -127,6 +135,8 @@ class RolloutTrainer(Resumable, GRPOTrainer):
             moving = (inputs["advantages"].view(len(inputs["prompt"]), -1) != 0).any(1) | (self.beta != 0)
             moving[0] |= ~moving.any()
             self._sharing = inputs["prompt"], moving
+        else:
+            inputs = shortened(inputs)
         loss = super()._compute_loss(model, inputs)
         self._sharing = None
         return loss
@@ -193,6 +203,14 @@ class RolloutTrainer(Resumable, GRPOTrainer):
         part = f"{self.state.global_step:05d}-{self.accelerator.process_index:03d}.parquet"
         write_parquet(self.rollouts / part, table)
         return output
+
+
+def shortened(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The rollouts of one pass cut to their own longest; a step pads them to the longest of all."""
+    width = inputs["completion_ids"].shape[1]
+    surplus = width - int(inputs["completion_mask"].sum(1).max())
+    wide = {name for name in PER_TOKEN if name in inputs and inputs[name].dim() == 2 and inputs[name].shape[1] >= width}
+    return inputs | {name: inputs[name][:, : inputs[name].shape[1] - surplus] for name in wide}
 
 
 def as_trl(reward: Reward, task: Task, policy: Policy | None = None) -> Callable[..., list[float]]:
@@ -262,8 +280,8 @@ def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Ru
     """The runs of one RL arm on one task by step: every `p.rl_curve_every` steps, and last the arm itself."""
     keys = ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_temperature", "rl_beta", "max_new_tokens", "n_train_rl")
     weights = weights_of(arm, p.surrogate_alpha)
-    keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm", *drawn_by(task))
-    config = {key: getattr(p, key) for key in keys}
+    keys += ("lora_rank", "trained_parts", "dtype", "attention", "vllm")
+    config = {key: getattr(p, key) for key in keys} | drawn_by(p, task)
     config |= {"start": start.folder.name, "task": task, "arm": arm, "weights": weights, "seed": seed}
     return Run.along(repo_root(), f"rl-{task}-{arm}", config, p.rl_steps, p.rl_curve_every)
 

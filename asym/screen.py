@@ -36,7 +36,7 @@ def scored_rollouts(
 
     def scores() -> pd.DataFrame:
         own, data = rows[rows["mode"] == "end_to_end"], load_split(p, task, split, seed)
-        policy = Policy(*models.load(start.checkpoint, p), p.max_new_tokens, p.eval_batch)
+        policy = Policy(*models.load(start.checkpoint, p, merge=False), p.max_new_tokens, p.eval_batch)
         with threads(p.threads):
             found = with_self_rewards(task_of(p, task), with_surrogates(task_of(p, task), own), data, policy)
         return found[[*KEYS, *NAMES]]

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from asym import models
 from asym.balance import Balance, PerceptionFirst, Segments, TokenAveraged, balance_of
-from asym.data import drawn_by, load_split
+from asym.data import drawn_by, training_rows
 from asym.decode import known
 from asym.models import chat
 from asym.params import Params, ParamsError
@@ -363,9 +363,9 @@ def along(p: Params, base: Run, task: str, arm: str, seed: int, steps: int | Non
     """The runs of one SFT arm on one task by step: every `p.curve_every` steps, and last the arm itself."""
     steps = steps or p.sft_steps
     keys = ("sft_lr", "sft_batch", "sft_accumulation", "lora_rank", "n_train_sft", "verbosity", "variation")
-    keys += ("trained_parts", "dtype", "attention", *drawn_by(task), *["n_validation"] * (p.data != "generated"))
-    config = {key: getattr(p, key) for key in keys} | {"base": base.folder.name, "task": task, "arm": arm}
-    config |= {"seed": seed, "steps": steps}
+    keys += ("trained_parts", "dtype", "attention", *["n_validation", "max_new_tokens"] * (p.data != "generated"))
+    config = {key: getattr(p, key) for key in keys} | drawn_by(p, task)
+    config |= {"base": base.folder.name, "task": task, "arm": arm, "seed": seed, "steps": steps}
     return Run.along(repo_root(), f"sft-{task}-{arm}", config, steps, p.curve_every)
 
 
@@ -384,7 +384,7 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     torch.manual_seed(seed)
     clear(run, snapshots)
     model, processor = models.load(base.checkpoint, p)
-    data, balance = load_split(p, task, "train_sft", seed), balance_of(arm)
+    data, balance = training_rows(p, task, seed, processor), balance_of(arm)
     if isinstance(balance, PerceptionFirst):  # takes more steps, for its first learn from few tokens
         balance, longer = PerceptionFirst.at_equal_tokens(steps, _token_share(data, processor))
         snapshots = {step + longer - steps: snapshot for step, snapshot in snapshots.items()}

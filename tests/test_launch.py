@@ -62,7 +62,10 @@ def launch(processes: int, arm: str, runs, cpu: bool = True, **changes) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("arm", "changes"), [("token_averaged", {}), ("ngdiff", {}), ("ngdiff", {"lora_rank": 2})])
+@pytest.mark.parametrize(
+    ("arm", "changes"),
+    [("token_averaged", {}), ("ngdiff", {}), ("ngdiff", {"lora_rank": 2, "activation_checkpointing": True})],
+)
 def test_two_processes_train_what_one_trains(arm, changes, tmp_path):
     one, two = (launch(n, arm, tmp_path / str(n), **changes) for n in (1, 2))
     alone, shared = (pd.read_csv(f"{path}/../metrics.csv") for path in (one, two))

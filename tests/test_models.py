@@ -316,6 +316,31 @@ def test_a_saved_adapter_comes_back_merged(vlm, inputs, tmp_path):
     assert not torch.allclose(logits(merged, inputs), plain, atol=1e-3)
 
 
+def test_an_update_too_small_for_bfloat16_is_kept_beside_the_weights_and_lost_in_them(vlm, inputs, tmp_path):
+    model, processor = vlm
+    adapted = wrapped(model)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 1e-4
+    models.save(adapted, processor, tmp_path)
+    half = Params().model_copy(update={"dtype": "bfloat16"})
+    merged, apart = (load(tmp_path, half, merge=merge)[0] for merge in (True, False))
+    before = {name: weight.bfloat16() for name, weight in adapted.get_base_model().named_parameters()}
+    after, saved, seen = dict(merged.named_parameters()), dict(adapted.named_parameters()), 0
+    for name, module in apart.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        name, seen = name.removeprefix("base_model.model."), seen + 1
+        update = module.get_delta_weight("default")
+        assert update.dtype == torch.float32
+        a, b = (saved[f"base_model.model.{name}.lora_{part}.default.weight"] for part in "AB")
+        torch.testing.assert_close(update, 2 * b @ a)
+        rounded = after[f"{name}.weight"].float() - before[f"{name}.base_layer.weight"].float()
+        assert (rounded * update).sum() < 0.5 * (update**2).sum()
+    assert seen
+    assert logits(apart, inputs).isfinite().all()
+
+
 def test_an_adapter_trained_on_a_merged_adapter_keeps_both(vlm, inputs, tmp_path):
     """RL with LoRA starts from an SFT checkpoint with LoRA."""
     model, processor = vlm

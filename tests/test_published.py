@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from asym import published
-from asym.data import export, left_out, load_split
+from asym import models, published, sft
+from asym.data import export, left_out, load_split, training_rows
 from asym.params import ParamsError
 from asym.published import read_split, segment
 from asym.tasks import get_task
@@ -51,6 +51,32 @@ def test_another_folder_of_the_same_name_is_other_data(exported, tiny, tmp_path)
     second, _ = export(tiny(n_test=4, n_train_sft=6, n_train_rl=2, n_validation=2), tmp_path / "again")
     for folder, rows in ((first, 3), (second, 4), (first, 3)):
         assert len(load_split(p.model_copy(update={"data": str(folder), "n_test": 9}), "sudoku", "test", 0)) == rows
+
+
+def test_other_files_in_the_same_folder_are_other_data(exported, tiny, base, tmp_path):
+    p, folder = exported
+    p = p.model_copy(update={"data": str(folder), "tasks": ["sudoku"], "n_test": 9})
+    assert len(load_split(p, "sudoku", "test", 0)) == 3
+    arm = sft.along(p, base, "sudoku", "ngdiff", 0)
+    export(tiny(n_test=4, n_train_sft=6, n_train_rl=2, n_validation=2), folder.parent)
+    assert len(load_split(p, "sudoku", "test", 0)) == 4
+    assert {run.folder for run in sft.along(p, base, "sudoku", "ngdiff", 0).values()}.isdisjoint(
+        run.folder for run in arm.values()
+    )
+
+
+def test_responses_longer_than_the_model_may_write_are_left_out_of_sft(exported, base):
+    p, folder = exported
+    p, (_, processor) = p.model_copy(update={"data": str(folder)}), models.load(base.checkpoint)
+    texts = load_split(p, "sudoku", "train_sft", 0)["response"][:]
+    lengths = sorted(len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    short = p.model_copy(update={"max_new_tokens": lengths[1] + 1})  # room for an end token
+    with pytest.warns(UserWarning, match=f"{sum(n > lengths[1] for n in lengths)} of 6 responses of sudoku are longer"):
+        kept = training_rows(short, "sudoku", 0, processor)
+    assert len(kept) == sum(n <= lengths[1] for n in lengths)
+    none = p.model_copy(update={"max_new_tokens": 8})
+    with pytest.raises(ParamsError, match=f"max_new_tokens = 8: must be above {lengths[0]}, the shortest"):
+        training_rows(none, "sudoku", 0, processor)
 
 
 def test_without_a_validation_split_the_end_of_sft_data_is_held_out(exported, tmp_path):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pandas as pd
@@ -382,6 +383,57 @@ def test_checkpoints_along_a_training_are_those_it_passed(tiny, start, root, scr
     found = [load_file(run.checkpoint / "model.safetensors") for run in (start, *runs.values())]
     for before, after in itertools.pairwise(found):
         assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_pass_is_as_long_as_its_own_longest_rollout(tiny, start, root, script, monkeypatch):
+    """Where each row passes alone, and nothing else changes by it."""
+    p = tiny(max_new_tokens=400, rl_accumulation=8, rl_lr=1e-2, credits=["span_routed"])
+    script(mixed_responses(p, "sudoku"))
+    monkeypatch.setattr(rl.RolloutTrainer, "_shares", False)
+    widths, loss = [], GRPOTrainer._compute_loss
+
+    def noting(self, model, inputs):
+        widths.append((inputs["completion_ids"].shape[1], int(inputs["completion_mask"].sum())))
+        assert inputs["mm_token_type_ids"].shape[1] == inputs["prompt_ids"].shape[1] + widths[-1][0]
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", noting)
+    run = train_arm(p, start, "sudoku", "span_routed", 0)
+    cut = load_file(run.checkpoint / "model.safetensors")
+    assert len(set(widths)) > 1
+    assert all(width == written for width, written in widths)
+    monkeypatch.setattr(rl, "shortened", lambda inputs: inputs)
+    shutil.rmtree(run.folder)
+    padded = load_file(train_arm(p, start, "sudoku", "span_routed", 0).checkpoint / "model.safetensors")
+    assert any(width > written for width, written in widths)
+    for name, weights in padded.items():
+        torch.testing.assert_close(cut[name], weights, atol=1e-4, rtol=1e-3)
+
+
+def test_vllm_gets_one_token_an_image_as_it_expands_them_itself(tiny, start, root, monkeypatch):
+    """Its engine is played here: it gets what a tokenizer alone makes of the prompts."""
+    p, given = tiny(), []
+    tokenize = rl.RolloutTrainer._tokenize_prompts
+    tokenizer = models.load(start.checkpoint)[1].tokenizer
+
+    def with_vllm(self, prompts):
+        self.use_vllm = True
+        return tokenize(self, prompts)
+
+    def engine(self, prompt_ids, *_, **__):
+        self.use_vllm = False
+        given.extend(prompt_ids)
+        return [[tokenizer.eos_token_id]] * len(prompt_ids), None
+
+    monkeypatch.setattr(rl.RolloutTrainer, "_tokenize_prompts", with_vllm)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", engine)
+    train_arm(p.model_copy(update={"rl_steps": 1}), start, "sudoku", "outcome", 0)
+    frames = {
+        models.chat(models.load(start.checkpoint)[1], query, True)
+        for query in load_split(p, "sudoku", "train_rl", 0)["query"]
+    }
+    assert {tokenizer.decode(ids) for ids in given} == frames
+    assert len(given) == p.rl_prompts * p.rl_group
 
 
 def test_rl_starts_from_the_sft_arm_of_the_parameters(tiny, base, root):
