@@ -40,6 +40,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from asym.params import Params, ParamsError
@@ -287,6 +288,7 @@ def load(
     if not folder.exists():
         raise ParamsError(f"{folder}: no weights are here; a run from an archive has none: delete {folder.parent}")
     kind = {"dtype": p.dtype, "attn_implementation": p.attention} if p else {}
+    unset_hf_deepspeed_config()  # of a training before this one: weights would be loaded in parts, and saved misnamed
     with _readable(folder):
         processor = AutoProcessor.from_pretrained(folder)
         model = _merged(folder, kind, merge)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -47,16 +48,21 @@ FAMILIES = get_args(Params.model_fields["family"].annotation)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def launch(processes: int, arm: str, runs, cpu: bool = True, **changes) -> str:
+def launch(processes: int, arm: str, runs, cpu: bool = True, deepspeed: bool = False, **changes) -> str:
     """The last checkpoint that `asym train` names, on so many CPU processes that talk over gloo, or on a GPU."""
     settings = [f"{key}={json.dumps(value)}" for key, value in (STUDY | changes).items()]
     launcher = [sys.executable, "-m"]
-    if processes > 1:
+    if deepspeed:
+        file = ["--config_file", "params/accelerate/deepspeed.yaml", "--num_processes", str(processes)]
+        launcher += ["accelerate.commands.launch", *file, "-m"]
+    elif processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     command = [*launcher, "asym", "train", arm, "params/smoke.yaml", "--set", *settings]
     visible = "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     around = os.environ | {"ASYM_RUNS": str(runs), "CUDA_VISIBLE_DEVICES": visible}
-    around["ACCELERATE_USE_CPU"] = str(cpu).lower()  # else several processes without a GPU are not taken for a launch
+    # Else several processes without a GPU are not taken for a launch; DeepSpeed's are, by a word of its own
+    around["ACCELERATE_USE_CPU"] = str(cpu and not deepspeed).lower()
+    around |= {"DS_ACCELERATOR": "cpu"} if cpu and deepspeed else {}
     done = subprocess.run(command, cwd=repo_root(), env=around, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
@@ -72,6 +78,18 @@ def test_two_processes_train_what_one_trains(arm, changes, tmp_path):
     pd.testing.assert_frame_equal(alone, shared, rtol=2e-3, atol=2e-4)
     assert alone.grad_norm_perception.notna().all()
     weights = [models.load(path)[0].state_dict() for path in map(Path, (one, two))]
+    for name, values in weights[0].items():
+        torch.testing.assert_close(values, weights[1][name], rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed, which comes apart")
+@pytest.mark.parametrize("arm", ["token_averaged", "outcome"])
+def test_deepspeed_trains_what_a_process_alone_trains(arm, tmp_path):
+    """As far as one process goes: several need as many GPUs."""
+    plain = launch(1, arm, tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "zero", ignore=shutil.ignore_patterns("sft-*", "rl-*"))
+    zero = launch(1, arm, tmp_path / "zero", deepspeed=True)
+    weights = [models.load(Path(path))[0].state_dict() for path in (plain, zero)]
     for name, values in weights[0].items():
         torch.testing.assert_close(values, weights[1][name], rtol=1e-2, atol=2e-4, msg=name)
 
