@@ -349,7 +349,7 @@ checkpoints. The notebooks find it there. On several GPUs:
   accelerate launch --config_file params/accelerate/fsdp.yaml -m asym train token_averaged params/cpu.yaml
 
 Batches are shared out, so that the parameters mean the same on any number of processes. NGDiff and the other balances
-that weigh gradients need DDP: FSDP and DeepSpeed keep gradients in parts. These two are not tested here."""
+that weigh gradients need DDP: FSDP and DeepSpeed keep gradients in parts. Sharding on several GPUs is not tested."""
 _SCREEN = """\
 Sample rollouts of a checkpoint on RL training problems, score them with every label-free perception reward, and
 print how well each follows true perception: r with its 95 % interval, pooled over rollouts and within prompt groups,
