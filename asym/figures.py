@@ -177,7 +177,8 @@ def accuracy_curves(curves: pd.DataFrame, goal: pd.Series | None = None) -> Figu
 def reward_curves(metrics: pd.DataFrame) -> Figure:
     """Mean of the logged rewards against the step, a panel per arm and task; of surrogates, the one an arm is paid.
 
-    Answer consistency, logged in every arm, is the reasoning about what the response itself states.
+    Each step has other problems, so a running mean over a tenth of the steps is drawn. Answer consistency, logged in
+    every arm, is the reasoning about what the response itself states.
     """
     lines = {
         "reward_outcome": ("outcome", END_TO_END, "-"),
@@ -190,7 +191,12 @@ def reward_curves(metrics: pd.DataFrame) -> Figure:
     metrics = metrics.assign(paid=[row.get(f"reward_{row['arm']}", np.nan) for row in own])
     if metrics.paid.notna().any():
         lines["paid"] = ("the surrogate it is paid", SURROGATE, "-.")
-    return _curves(metrics, lines, "Rewards during GRPO", "mean reward")
+    width = max(1, metrics.step.nunique() // 10)
+    drawn = metrics.sort_values("step").set_index("step").groupby(["task", "arm", "seed"])
+    known = [column for column in lines if column in metrics]
+    means = drawn[known].rolling(width, min_periods=1, center=True).mean().reset_index()
+    over = f", running mean of {width} steps" * (width > 1)
+    return _curves(means, lines, f"Rewards during GRPO{over}", "mean reward")
 
 
 def _curves(

@@ -208,8 +208,9 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
         ax.set(title=figures.TASKS.get(task, task), xlabel="weight of perception α", xlim=(-0.05, 1.05), ylim=(0, 105))
     axes["", figures.tasks_of(table)[0]].set_ylabel("accuracy (points)")
     keys = [Line2D([], [], color=color, lw=4, label=label) for label, color in figures.BARS.values()]
-    keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
-    keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
+    if table.arm.str.startswith("graded_").any():
+        keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
+        keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
     fig.suptitle(sized("What α buys", table))
     return fig

@@ -119,6 +119,17 @@ def test_reward_curves_show_a_surrogate_only_where_it_is_paid():
     assert line(fig.axes[0], figures.PERCEPTION).get_marker() == "o"  # four steps are four points, not a curve
 
 
+def test_rewards_of_many_steps_are_running_means():
+    table = metrics(["reward_outcome", "reward_perception"], ["outcome"], steps=30)
+    fig = figures.reward_curves(table)
+    one = table[(table.task == "sudoku") & (table.seed == table.seed.min())].sort_values("step")
+    means = table[table.task == "sudoku"].groupby("step").reward_perception.mean()
+    drawn = line(fig.axes[0], figures.PERCEPTION).get_ydata()
+    assert len(drawn) == one.step.nunique()
+    assert drawn[1:-1] == pytest.approx(means.rolling(3, center=True).mean().to_numpy()[1:-1])
+    assert "running mean of 3 steps" in fig.get_suptitle()
+
+
 def test_no_line_leaves_its_panel_whichever_is_drawn_first():
     table = metrics(["reward_outcome", "reward_perception", "reward_format"], ["outcome", "validity"], steps=6)
     table.loc[table.arm == "validity", "reward_outcome"] += 5

@@ -136,3 +136,6 @@ def test_the_alpha_frontier_joins_outcome_only_and_the_weights_in_order():
     drawn = [(each.get_xdata().tolist(), each.get_ydata().tolist()) for each in fig.axes[0].lines]
     assert ([0, 0.5, 1], [40, 50, 60]) in drawn
     assert ([0, 0.5], [40, 55]) in drawn
+    plain = trends.alpha_frontier(table[~table.arm.str.startswith("graded")].assign(low=0.0, high=90.0))
+    told = [[text.get_text() for text in each.legends[0].get_texts()] for each in (fig, plain)]
+    assert set(told[0]) - set(told[1]) == {"exact a_p paid", "graded a_p paid"}
