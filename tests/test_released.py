@@ -201,7 +201,7 @@ def test_a_release_goes_through_sft_and_rl_on_published_data(p, root, tmp_path):
     small = {"tasks": ["sudoku"], "n_train_sft": 4, "n_test": 2, "verbosity": 0, "sft_batch": 2, "sft_steps": 2}
     lora = {"dtype": "bfloat16", "lora_rank": 2, "trained_parts": ["language"], "activation_checkpointing": True}
     start = {"rl_start_arm": "ngdiff", "rl_start_verbosity": 0, "rl_start_steps": 2, "curve_every": 1}
-    small |= {"rl_accumulation": 2, "rl_group": 2}
+    small |= {"rl_accumulation": 2, "rl_group": 2, "max_new_tokens": 600}  # as long as the responses
     p = p.model_copy(update=small | lora | start)
     (folder,) = export(p, tmp_path / "data")
     p = p.model_copy(update={"data": str(folder)})
