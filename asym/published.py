@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars, load_dataset
 
 from asym.params import Params, ParamsError
+from asym.runs import stamp
 from asym.tasks import Task
 from asym.tasks.task import MAX_JSON
 from asym.transcript import compose, split
@@ -77,11 +78,7 @@ def version(source: str) -> dict[str, Any]:
     if source == "generated" or source.startswith(HUB) or not folder.is_dir():
         return {}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {"files": [[str(path.relative_to(folder)), *_state(path)] for path in files]}
-
-
-def _state(path: Path) -> tuple[int, int]:
-    return path.stat().st_size, path.stat().st_mtime_ns
+    return {"files": [[path.relative_to(folder).as_posix(), *stamp(path)] for path in files]}
 
 
 def _is_text(feature: Any) -> bool:

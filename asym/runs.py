@@ -77,6 +77,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def stamp(file: Path) -> tuple[int, int]:
+    """What tells a file from another that had or will have its name, without reading it: size and time (ns)."""
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
 def runs_dir(root: Path) -> Path:
     """Where runs are: <root>/runs, or what ASYM_RUNS names."""
     return Path(os.environ.get("ASYM_RUNS", root / "runs"))
@@ -136,7 +141,7 @@ class Run:
         if folder.parent.name == "snapshots" and all(file.parent.name == "blobs" for _, file in files):
             config = {"files": [[name, file.name] for name, file in files]}
         else:
-            stats = [[name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
+            stats = [[name, *stamp(file)] for name, file in files]
             config = {"folder": str(folder), "files": stats}
         run = cls.open(root, "model", config)
         with run.locked():
