@@ -414,7 +414,8 @@ def test_vllm_gets_one_token_an_image_as_it_expands_them_itself(tiny, start, roo
     """Its engine is played here: it gets what a tokenizer alone makes of the prompts."""
     p, given = tiny(), []
     tokenize = rl.RolloutTrainer._tokenize_prompts
-    tokenizer = models.load(start.checkpoint)[1].tokenizer
+    processor = models.load(start.checkpoint)[1]
+    tokenizer = processor.tokenizer
 
     def with_vllm(self, prompts):
         self.use_vllm = True
@@ -428,10 +429,7 @@ def test_vllm_gets_one_token_an_image_as_it_expands_them_itself(tiny, start, roo
     monkeypatch.setattr(rl.RolloutTrainer, "_tokenize_prompts", with_vllm)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", engine)
     train_arm(p.model_copy(update={"rl_steps": 1}), start, "sudoku", "outcome", 0)
-    frames = {
-        models.chat(models.load(start.checkpoint)[1], query, True)
-        for query in load_split(p, "sudoku", "train_rl", 0)["query"]
-    }
+    frames = {models.chat(processor, query, True) for query in load_split(p, "sudoku", "train_rl", 0)["query"]}
     assert {tokenizer.decode(ids) for ids in given} == frames
     assert len(given) == p.rl_prompts * p.rl_group
 
