@@ -53,7 +53,8 @@ GRPO = {"loss_type": "dapo", "epsilon": 0.2, "scale_rewards": "group", "lr_sched
 # What a step hands to its passes by token of a completion, or of prompt and completion
 PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
 PER_TOKEN += ("sampling_per_token_logps", "importance_sampling_ratio", "mm_token_type_ids")
-HALF_GOOD = (0.3, 0.7)  # a start that is always right or always wrong leaves nothing to learn from
+HALF_GOOD = (30, 70)  # % of responses: a start that is always right or always wrong leaves nothing to learn from
+MALFORMED = 30  # % of responses at most, or RL would first of all teach the format
 
 
 class RolloutTrainer(Resumable, GRPOTrainer):
@@ -254,22 +255,36 @@ def start_steps(p: Params) -> list[int]:
     return [p.rl_start_steps] if p.rl_start_steps else sorted({-(-p.sft_steps * k // 10) for k in range(1, 11)})
 
 
-def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
-    """The SFT arm after `p.rl_start_steps`; if they are 0, after the fewest tenths of `p.sft_steps` that are half good.
+def start_rule(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far checkpoints are from the rule for a start of RL, by their rows on the validation split.
 
-    Half good: a_p and a_r between `HALF_GOOD` on the validation split; if none is, the one that misses it least. Each
-    is a training of its own, to the end of its schedule: checkpoints on the way, at a high learning rate, see and
-    reason as well but lose the thread more often, and RL would first of all mend that.
+    The rule: a_p and a_r within `HALF_GOOD`, and at most `MALFORMED` responses to the image that cannot be read.
+
+    Returns:
+        The columns of `stats.curves`, `malformed` (%) and `missed`: the points by which the three break the rule.
+    """
+    table = stats.curves(rows)
+    keys = ["task", "family", "arm", "seed", "step"]  # in whose order `curves` is
+    malformed = 100 * stats.select(rows, "parse_failure").groupby(keys).value.mean().to_numpy()
+    low, high = HALF_GOOD
+    missed = sum((low - table[half]).clip(lower=0) + (table[half] - high).clip(lower=0) for half in ("a_p", "a_r"))
+    missed = (missed + (malformed - MALFORMED).clip(min=0)).round(6)  # 0, where rounding alone would break the rule
+    return table.assign(malformed=malformed, missed=missed)
+
+
+def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
+    """The SFT arm after `p.rl_start_steps`; if they are 0, after the fewest tenths of `p.sft_steps` that keep the rule.
+
+    If none does, the one that misses it least (`start_rule`). Each is a training of its own, to the end of its
+    schedule: checkpoints on the way, at a high learning rate, see and reason as well but lose the thread more often.
     """
     p = like_start(p).model_copy(update={"curve_every": 0})
     if p.rl_start_steps:
         return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
-    low, high = HALF_GOOD
     tried = []
     for steps in start_steps(p):
         run = sft.train_arm(p, base, task, p.rl_start_arm, seed, steps)
-        found = stats.curves(measure_along(p, {steps: run}, task, "sft", p.rl_start_arm, seed)).iloc[0]
-        missed = sum(max(low - rate, 0, rate - high) for rate in (found.a_p / 100, found.a_r / 100))
+        missed = start_rule(measure_along(p, {steps: run}, task, "sft", p.rl_start_arm, seed)).missed.item()
         tried.append((missed, run))
         if not missed:
             break
