@@ -67,8 +67,8 @@ def _bench(args: argparse.Namespace) -> int:
     from asym.bench import bench
     from asym.growth import growth
     from asym.readme import write_readmes
-    from asym.rl import train_start
     from asym.runs import manifest, repo_root, results_dir, write_csv, write_json
+    from asym.start import train_start
 
     out, began = results_dir("bench"), time.monotonic()
     start = train_start(p, train_base(p), "sudoku", p.seeds[0])
@@ -130,6 +130,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from asym import rl, sft
     from asym.base import train_base
+    from asym.start import train_start
     from asym.study import check
 
     if args.arm not in (known := [*sft.arms(p), *rl.arms(p)]):
@@ -142,7 +143,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.arm in sft.arms(p):
             run = sft.train_arm(p, base, task, args.arm, seed)
         else:
-            run = rl.train_arm(p, rl.train_start(p, base, task, seed), task, args.arm, seed)
+            run = rl.train_arm(p, train_start(p, base, task, seed), task, args.arm, seed)
         if first():
             print(run.checkpoint)
     return 0
@@ -151,8 +152,8 @@ def _train(args: argparse.Namespace) -> int:
 def _screen(args: argparse.Namespace) -> int:
     given = {"start_model": json.dumps(str(Path(args.model).resolve())), "tasks": json.dumps([args.task])}
     p = Params.load(args.params, dict(args.set) | given)
-    from asym.rl import train_start
     from asym.screen import screen
+    from asym.start import train_start
 
     table = screen(p, train_start(p, None, args.task, p.seeds[0]), args.task)
     print(table.drop(columns=["family", "seeds"]).round(3).to_string(index=False, na_rep=""))

@@ -21,6 +21,7 @@ from asym import models, rl, sft
 from asym.base import vocabulary
 from asym.data import problems, stream, task_of
 from asym.params import Params
+from asym.start import like_start, start_steps
 from asym.transcript import compose
 
 # Sizes of the released models, from their config.json on the hub: language width, MLP, layers, heads, tied embeddings;
@@ -153,7 +154,7 @@ class Sizes:
         width = WIDTHS * size / 2 * text.hidden_size
         self.n = parameters(config, p)
         self.length = self.rl_length = lengths(config, p)
-        if (start := rl.like_start(p)) != p:
+        if (start := like_start(p)) != p:
             self.rl_length = lengths(config, start)
         self.limit = self.length.image + self.length.prompt + p.max_new_tokens  # tokens
         self.layers, self.width = text.num_hidden_layers, text.hidden_size
@@ -282,7 +283,7 @@ def hours(p: Params, s: Sizes, card: Card) -> dict[str, float]:
     an_hour = card.count * card.speed * 1e12 * REACHED * 3600  # FLOPs
     sft_arm, rl_arm = (flops / an_hour for flops in work(p, s).values())
     written, answered = rollout_hours(p, s, card)
-    starts = [] if p.start_model else rl.start_steps(p)  # all of them, as if none but the last would do
+    starts = [] if p.start_model else start_steps(p)  # all of them, as if none but the last would do
     trained = (sft_arms + sum(starts) / p.sft_steps) * sft_arm + rl_arms * (rl_arm + written)
     trained += ("self_blindfold" in p.surrogates) * answered
     snapshots = sft_arms * ceil(p.sft_steps / (p.curve_every or p.sft_steps))

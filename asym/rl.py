@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from asym import credit, models, sft, stats
+from asym import credit, models
 from asym.data import drawn_by, load_split, task_of
 from asym.decode import decode, known, log_probs
-from asym.evaluate import measure_along
 from asym.models import image_token_ids
 from asym.params import CREDITS, Params, ParamsError
 from asym.rewards import LABELLED, SURROGATES, Reward, weights_of
@@ -53,8 +52,6 @@ GRPO = {"loss_type": "dapo", "epsilon": 0.2, "scale_rewards": "group", "lr_sched
 # What a step hands to its passes by token of a completion, or of prompt and completion
 PER_TOKEN = ("completion_ids", "completion_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
 PER_TOKEN += ("sampling_per_token_logps", "importance_sampling_ratio", "mm_token_type_ids")
-HALF_GOOD = (30, 70)  # % of responses: a start that is always right or always wrong leaves nothing to learn from
-MALFORMED = 30  # % of responses at most, or RL would first of all teach the format
 
 
 class RolloutTrainer(Resumable, GRPOTrainer):
@@ -230,65 +227,6 @@ def arms(p: Params) -> list[str]:
     """The RL arms of a study."""
     mixed = [f"alpha_{value:g}" for value in p.alphas] + [f"graded_{value:g}" for value in p.graded_alphas]
     return ["outcome", *mixed, *p.surrogates, *p.credits]
-
-
-def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
-    """The checkpoint that every RL arm of a task starts from: an SFT arm from `base`, or `p.start_model`.
-
-    Raises ParamsError if `p.start_model` is no checkpoint.
-    """
-    if not p.start_model:
-        return _chosen_start(p, base, task, seed)
-    folder = (repo_root() / Path(p.start_model).expanduser()).resolve()
-    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
-    return Run.linked(repo_root(), folder)
-
-
-def like_start(p: Params) -> Params:
-    """The parameters of SFT arms with traces like those of the arm that RL starts from."""
-    return p.model_copy(update={"verbosity": p.rl_start_verbosity, "variation": p.rl_start_variation})
-
-
-def start_steps(p: Params) -> list[int]:
-    """The lengths of SFT among which the start of RL is chosen: tenths of `p.sft_steps`, or `p.rl_start_steps`."""
-    return [p.rl_start_steps] if p.rl_start_steps else sorted({-(-p.sft_steps * k // 10) for k in range(1, 11)})
-
-
-def start_rule(rows: pd.DataFrame) -> pd.DataFrame:
-    """How far checkpoints are from the rule for a start of RL, by their rows on the validation split.
-
-    The rule: a_p and a_r within `HALF_GOOD`, and at most `MALFORMED` responses to the image that cannot be read.
-
-    Returns:
-        The columns of `stats.curves`, `malformed` (%) and `missed`: the points by which the three break the rule.
-    """
-    table = stats.curves(rows)
-    keys = ["task", "family", "arm", "seed", "step"]  # in whose order `curves` is
-    malformed = 100 * stats.select(rows, "parse_failure").groupby(keys).value.mean().to_numpy()
-    low, high = HALF_GOOD
-    missed = sum((low - table[half]).clip(lower=0) + (table[half] - high).clip(lower=0) for half in ("a_p", "a_r"))
-    missed = (missed + (malformed - MALFORMED).clip(min=0)).round(6)  # 0, where rounding alone would break the rule
-    return table.assign(malformed=malformed, missed=missed)
-
-
-def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:
-    """The SFT arm after `p.rl_start_steps`; if they are 0, after the fewest tenths of `p.sft_steps` that keep the rule.
-
-    If none does, the one that misses it least (`start_rule`). Each is a training of its own, to the end of its
-    schedule: checkpoints on the way, at a high learning rate, see and reason as well but lose the thread more often.
-    """
-    p = like_start(p).model_copy(update={"curve_every": 0})
-    if p.rl_start_steps:
-        return sft.train_arm(p, base, task, p.rl_start_arm, seed, p.rl_start_steps)
-    tried = []
-    for steps in start_steps(p):
-        run = sft.train_arm(p, base, task, p.rl_start_arm, seed, steps)
-        missed = start_rule(measure_along(p, {steps: run}, task, "sft", p.rl_start_arm, seed)).missed.item()
-        tried.append((missed, run))
-        if not missed:
-            break
-    return min(tried, key=lambda each: each[0])[1]  # the first of several
 
 
 def along(p: Params, start: Run, task: str, arm: str, seed: int) -> dict[int, Run]:

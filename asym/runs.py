@@ -246,7 +246,7 @@ def _code(kind: str) -> str:
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":
-        others |= {"rewards", "self_rewards", "credit", "screen", "rl"}
+        others |= {"rewards", "self_rewards", "credit", "screen", "start", "rl"}
     if kind in ("data", "base", "sft"):
         others |= {"decode", "evaluate", "scoring"}
     folder = Path(__file__).parent

@@ -19,7 +19,7 @@ hypothesis.settings.register_profile("asym", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("asym")
 
 FAMILIES = get_args(Params.model_fields["family"].annotation)
-ROOMS = ("data", "sft", "base", "evaluate", "imbalance", "rl", "screen")  # those that open run folders
+ROOMS = ("data", "sft", "base", "evaluate", "imbalance", "rl", "screen", "start")  # those that open run folders
 
 
 def _tiny(**changes) -> Params:

@@ -18,8 +18,8 @@ from asym.models import chat
 from asym.params import ParamsError
 from asym.rewards import LABELLED
 from asym.rl import train_arm as train_rl
-from asym.rl import train_start
 from asym.sft import SegmentCollator, train_arm
+from asym.start import train_start
 from asym.transcript import PERCEPTION, TAGS, compose, prefill
 
 RELEASED = {"qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct", "internvl": "OpenGVLab/InternVL3_5-2B-HF"}

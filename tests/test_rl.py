@@ -16,8 +16,9 @@ from asym.credit import perception_mask
 from asym.data import load_split, task_of
 from asym.decode import decode
 from asym.params import Params
-from asym.rl import REWARDS, train_arm, train_start
+from asym.rl import REWARDS, train_arm
 from asym.runs import Run, repo_root
+from asym.start import train_start
 from asym.training import TRAINING, ProgressCallback, share
 
 COLUMNS = ["step", "problem_id", "rollout", "ground_truth", "completion"]
