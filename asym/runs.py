@@ -8,7 +8,8 @@
 
 A file is either there completely or not at all, and DONE is the last one written: a finished run is reused, a
 half-finished one resumes. Two processes that come for the same run take turns (`locked`). The environment variable
-ASYM_RUNS names another folder for runs than <root>/runs.
+ASYM_RUNS names another folder for runs than <root>/runs; ASYM_OPENED a file that the name of every opened run is added
+to.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -121,6 +123,9 @@ class Run:
         if run.done and read_manifest(run.folder).get("code") != _code(name.partition("-")[0]):
             warnings.warn(f"{run.folder} was made by other code; delete it to make it anew", stacklevel=2)
         write_json(run.folder / "config.json", config)
+        if opened := os.environ.get("ASYM_OPENED"):
+            with open(opened, "a", encoding="utf-8") as file:
+                file.write(run.folder.name + "\n")
         return run
 
     @classmethod
@@ -210,6 +215,12 @@ class Run:
         about["code"] = _code(self.folder.name.partition("-")[0])
         write_json(self.folder / "manifest.json", about | manifest_extra)
         write_text(self.folder / "DONE", "")
+
+
+def devices(root: Path, names: Iterable[str]) -> dict[str, int]:
+    """How many of the finished runs of these names each device made: `archive` brings some from other machines."""
+    manifests = [read_manifest(runs_dir(root) / name) for name in set(names)]
+    return dict(sorted(Counter(made["device"] for made in manifests if "device" in made).items()))
 
 
 def manifest(params: dict[str, Any], seconds: float, files: Iterable[Path], root: Path | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from asym.params import Params, ParamsError
 from asym.readme import write_readmes
-from asym.runs import Run, manifest, read_manifest, repo_root, results_dir, write_json, write_text
+from asym.runs import Run, devices, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
 # What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
 FREE = {"study", "seeds", "tasks", "workers", "join", "lambdas", "balances", "curve_every", "long_steps"}
@@ -47,9 +47,10 @@ def run_study(
     """Execute the notebooks of the repository at `root`, or those whose names start with one of `only`.
 
     Writes results/<study>/notebooks/ and, after each notebook, manifest.json with the wall times in seconds spent on
-    the study, resumptions included; "complete" is true once every notebook ran with these parameters. A study that
-    joins itself adds arms to what it has stored; "parts" tells of the runs before this one. What is no table of arms
-    (notebook 1's, the long run, gradients) is this run's alone.
+    the study, resumptions included, and how many of the runs used were made on which of the "devices"; "complete" is
+    true once every notebook ran with these parameters. A study that joins itself adds arms to what it has stored;
+    "parts" tells of the runs before this one. What is no table of arms (notebook 1's, the long run, gradients) is this
+    run's alone.
     Raises ParamsError before anything is computed, NotebookError when a cell fails.
     """
     root = root or repo_root()
@@ -72,7 +73,7 @@ def run_study(
             shutil.rmtree(results / part, ignore_errors=True)
 
     run = Run.open(root, params.study, params.model_dump())
-    clock_file, feed = run.folder / "clock.json", run.folder / "progress.jsonl"
+    clock_file, feed, opened = (run.folder / name for name in ("clock.json", "progress.jsonl", "opened.txt"))
     clock = {"expected": before.get("notebooks", {}), "spent": {}, "finished": []}
     if clock_file.exists():
         clock = json.loads(clock_file.read_text())
@@ -80,14 +81,15 @@ def run_study(
         for name in selected:
             display.start(name)
             try:
-                notebook = _execute(root, name, run.folder / f"{name}.ipynb", _changed(params), feed)
+                notebook = _execute(root, name, run.folder / f"{name}.ipynb", _changed(params), feed, opened)
             finally:
                 clock["spent"][name] = round(clock["spent"].get(name, 0) + display.elapsed, 1)
                 write_json(clock_file, clock)
             write_text(results / "notebooks" / f"{name}.ipynb", _portable(notebook, root))
             clock["finished"] = sorted({*clock["finished"], name})
             write_json(clock_file, clock)
-            _write_manifest(results, params, clock, names, root, _parts(before, params))
+            used = devices(root, opened.read_text(encoding="utf-8").split() if opened.exists() else ())
+            _write_manifest(results, params, clock, names, root, _parts(before, params), used)
     write_readmes(root)
 
 
@@ -156,11 +158,11 @@ def _changed(params: Params) -> dict:
     return {key: value for key, value in params.model_dump().items() if value != defaults[key]}
 
 
-def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) -> nbformat.NotebookNode:
-    """Run one notebook from the repository root; `copy` holds it as far as it came."""
+def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path, opened: Path) -> nbformat.NotebookNode:
+    """Run one notebook from the repository root; `copy` holds it as far as it came, `opened` names the runs it used."""
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a notebook does not show
-    asked = os.environ.get("ASYM_PROGRESS")
-    os.environ["ASYM_PROGRESS"] = str(feed)
+    before = {key: os.environ.get(key) for key in ("ASYM_PROGRESS", "ASYM_OPENED")}
+    os.environ |= {"ASYM_PROGRESS": str(feed), "ASYM_OPENED": str(opened)}
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else every kernel start prints a debugger's warning
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # else tqdm asks for widgets no one needs
     try:
@@ -184,9 +186,9 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path) ->
     except DeadKernelError:
         raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None
     finally:
-        del os.environ["ASYM_PROGRESS"]
-        if asked is not None:
-            os.environ["ASYM_PROGRESS"] = asked
+        for key, value in before.items():
+            del os.environ[key]
+            os.environ |= {key: value} if value is not None else {}
 
 
 def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
@@ -218,11 +220,12 @@ def _parts(before: dict, params: Params) -> list[dict]:
 
 
 def _write_manifest(
-    results: Path, params: Params, clock: dict, names: list[str], root: Path, parts: list[dict]
+    results: Path, params: Params, clock: dict, names: list[str], root: Path, parts: list[dict], used: dict[str, int]
 ) -> None:
     files = _files(results)
     about = manifest(params.model_dump(), sum(clock["spent"].values()), files, root)
     about["torch_threads"] = params.threads  # of the notebooks, not of this process
+    about["devices"] = used
     published = {path.stem for path in files if path.parent.name == "notebooks"}
     complete = set(names) <= published & set(clock["finished"])
     head = {"study": params.study, "complete": complete, "notebooks": dict(sorted(clock["spent"].items()))}

@@ -10,7 +10,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from asym.params import Params, ParamsError
-from asym.runs import read_manifest, write_json
+from asym.runs import Run, read_manifest, write_json
 from asym.study import NotebookError, _portable, check, room_for, run_study
 
 PATHS = "print(study, n_test, Path.cwd(), Path.home())"
@@ -70,6 +70,20 @@ def test_a_part_of_a_study_can_be_run_first(repo):
     run_study(repo / "tiny.yaml", ["01"], root=repo)
     assert (repo / "log").read_text() == "1"
     assert not read_manifest(repo / "results" / "tiny")["complete"]
+
+
+def test_the_manifest_tells_which_devices_made_the_runs_of_a_study(repo, monkeypatch):
+    monkeypatch.delenv("ASYM_RUNS", raising=False)
+    elsewhere = Run.open(repo, "sft-elsewhere", {})
+    elsewhere.finish(device="a large card")
+    path = repo / "notebooks" / "01_first.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells += map(new_code_cell, ["from asym.runs import Run", "Run.open(Path.cwd(), 'sft-elsewhere', {})"])
+    notebook.cells.append(new_code_cell("Run.open(Path.cwd(), 'sft-here', {}).finish()"))
+    nbformat.write(notebook, path)
+    run_study(repo / "tiny.yaml", ["01"], root=repo)
+    made = read_manifest(repo / "results" / "tiny")
+    assert made["devices"] == {"a large card": 1, made["device"]: 1}
 
 
 def test_a_study_that_joins_itself_keeps_what_it_has_and_tells_of_its_parts(repo, monkeypatch):
