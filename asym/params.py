@@ -145,7 +145,7 @@ class Params(BaseModel):
     rl_start_arm: str = Field("lambda_0.5", description="SFT arm that RL starts from")
     rl_start_verbosity: Verbosity = Field(1, description="its `verbosity`: short traces make for more rollouts")
     rl_start_variation: Share = Field(1.0, description="its `variation`: free wording is noise in a policy gradient")
-    rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0: the fewest that make it half good")
+    rl_start_steps: Natural = Field(4, description="SFT steps of that checkpoint; 0: the fewest that keep a rule")
     rl_steps: Count = Field(2, description="steps of every RL arm")
     rl_curve_every: Natural = Field(1, description="RL steps from one measurement of accuracy to the next; 0 for none")
     rl_lr: Rate = Field(1e-4, description="learning rate of RL")

@@ -3,7 +3,7 @@
 Stated choices, the same for every arm: on-policy (one update per batch of rollouts), advantages normalised within the
 prompt group, token-level loss over the batch ("dapo"), clipping at 0.2 (which an on-policy step never reaches), and the
 temperature, KL weight and group size of the parameters; a constant learning rate, gradients clipped at norm 1. Arms
-differ in what they are paid for (`rewards.weights_of`), two also in which tokens get the credit (`credit.py`).
+differ in what they are paid for (`rewards.weights_of`), some also in which tokens get the credit (`credit.py`).
 """
 
 import re

@@ -253,11 +253,11 @@ def _code(kind: str) -> str:
     """The hash of the sources of `asym` that runs of a kind depend on: data, base, sft, shares, rl; others as rows."""
     # These draw, judge, drive and keep; what a run is told by params.py is in its config
     others = {"__main__", "archive", "bench", "claims", "coupling", "figures", "forest", "growth", "imbalance"}
-    others |= {"parallel", "params", "plan", "readme", "runs", "stats", "study", "trends", "trial"}
+    others |= {"parallel", "params", "plan", "readme", "runs", "start", "stats", "study", "trends", "trial"}
     if kind == "shares":
         others.remove("imbalance")
     if kind != "rl":
-        others |= {"rewards", "self_rewards", "credit", "screen", "start", "rl"}
+        others |= {"rewards", "self_rewards", "credit", "screen", "rl"}
     if kind in ("data", "base", "sft"):
         others |= {"decode", "evaluate", "scoring"}
     folder = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Which checkpoint RL starts from: an SFT arm that a rule chooses on validation problems, or one of your own."""
+"""Which checkpoint RL starts from: an SFT arm, as long as a rule on validation problems says, or one of your own."""
 
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def start_rule(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The columns of `stats.curves`, `malformed` (%) and `missed`: the points by which the three break the rule.
     """
-    table = stats.curves(rows)
-    keys = ["task", "family", "arm", "seed", "step"]  # in whose order `curves` is
-    malformed = 100 * stats.select(rows, "parse_failure").groupby(keys).value.mean().to_numpy()
+    keys = ["task", "family", "arm", "seed", "step"]
+    malformed = 100 * stats.select(rows, "parse_failure").groupby(keys).value.mean().rename("malformed")
+    table = stats.curves(rows).merge(malformed.reset_index(), on=keys)
     low, high = HALF_GOOD
     missed = sum((low - table[half]).clip(lower=0) + (table[half] - high).clip(lower=0) for half in ("a_p", "a_r"))
-    missed = (missed + (malformed - MALFORMED).clip(min=0)).round(6)  # 0, where rounding alone would break the rule
-    return table.assign(malformed=malformed, missed=missed)
+    missed += (table.malformed - MALFORMED).clip(lower=0)
+    return table.assign(missed=missed.round(6))  # 0, where rounding alone would break the rule
 
 
 def _chosen_start(p: Params, base: Run, task: str, seed: int) -> Run:

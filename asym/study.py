@@ -187,8 +187,10 @@ def _execute(root: Path, name: str, copy: Path, parameters: dict, feed: Path, op
         raise NotebookError(f"{name}: its process died, perhaps for want of memory; how far it came: {copy}") from None
     finally:
         for key, value in before.items():
-            del os.environ[key]
-            os.environ |= {key: value} if value is not None else {}
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _portable(notebook: nbformat.NotebookNode, root: Path) -> str:
@@ -215,8 +217,8 @@ def _parts(before: dict, params: Params) -> list[dict]:
     if made == params.model_dump():  # resumed
         return before.get("parts", [])
     free = {key: made[key] for key in made if key in FREE}
-    kept = ("notebooks", "revision", "packages", "platform", "seconds", "utc")
-    return [*before.get("parts", []), {"params": free} | {key: before[key] for key in kept}]
+    kept = ("notebooks", "revision", "packages", "platform", "devices", "seconds", "utc")
+    return [*before.get("parts", []), {"params": free} | {key: before[key] for key in kept if key in before}]
 
 
 def _write_manifest(
