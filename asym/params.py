@@ -157,7 +157,7 @@ class Params(BaseModel):
     rl_temperature: Rate = Field(1.0, description="sampling temperature of RL")
     rl_beta: NonNegative = Field(0.0, description="weight of the KL penalty")
     vllm: bool = Field(False, description="rollouts by vLLM, which must be installed, in the training process")
-    alphas: list[PositiveShare] = Field([0.5], min_length=1, description="weights of a_p in the reward, an RL arm each")
+    alphas: list[PositiveShare] = Field([0.5], description="weights of a_p in the reward, an RL arm each")
     graded_alphas: list[PositiveShare] = Field([], description="the same with graded a_p")
     surrogates: list[Surrogate] = Field(
         ["solver_blindfold"], min_length=1, description="label-free perception rewards, an RL arm each"

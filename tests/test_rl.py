@@ -445,6 +445,7 @@ def test_arms_are_those_of_the_parameters():
     asked = {"alphas": [0.2, 0.5], "graded_alphas": [1.0], "surrogates": ["validity"], "credits": ["span_routed"]}
     p = Params().model_copy(update=asked)
     assert rl.arms(p) == ["outcome", "alpha_0.2", "alpha_0.5", "graded_1", "validity", "span_routed"]
+    assert rl.arms(Params.model_validate({"alphas": [], "surrogates": ["validity"]})) == ["outcome", "validity"]
 
 
 def test_an_arm_leaves_the_parts_it_does_not_train_as_they_were(tiny, start, root, script):
