@@ -209,7 +209,8 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
     axes["", figures.tasks_of(table)[0]].set_ylabel("accuracy (points)")
     keys = [Line2D([], [], color=color, lw=4, label=label) for label, color in figures.BARS.values()]
     if table.arm.str.startswith("graded_").any():
-        keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
+        if table.arm.str.startswith("alpha_").any():
+            keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
         keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
     fig.suptitle(sized("What α buys", table))
