@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from asym.params import Params, ParamsError
+from asym.params import Params, ParamsError, Task
 from asym.runs import first
 
 
@@ -139,8 +139,9 @@ def _train(args: argparse.Namespace) -> int:
     if "RANK" in os.environ:  # others of the launch may have to wait as long as another study trains the same arm
         PartialState(timeout=timedelta(days=2))
     for task, seed in itertools.product(p.tasks, p.seeds):
-        base = train_base(p)
-        if args.arm in sft.arms(p):
+        supervised = args.arm in sft.arms(p)
+        base = None if p.start_model and not supervised else train_base(p)
+        if supervised:
             run = sft.train_arm(p, base, task, args.arm, seed)
         else:
             run = rl.train_arm(p, train_start(p, base, task, seed), task, args.arm, seed)
@@ -208,11 +209,7 @@ def _claims(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from asym.tasks import get_task
 
-    try:
-        task = get_task(args.task)
-    except ValueError as error:
-        raise ParamsError(f"--task {args.task}: {error}") from None
-    broken = False
+    task, broken = get_task(args.task), False
     for row in score_lines(task, sys.stdin.buffer):
         broken |= "error" in row
         print(json.dumps(row))
@@ -261,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a study", description=_RUN, epilog=_keys(), formatter_class=_Verbatim)
     run.add_argument("params", help="parameter file of the study, such as params/smoke.yaml")
     run.add_argument("--only", nargs="+", metavar="NN", help="only the notebooks whose names start so, such as 03 04")
-    _add_set(run, "lambdas=[0.1,0.5]")
+    _add_set(run, "'lambdas=[0.1,0.5]'")
     run.set_defaults(command=_run)
 
     plan = commands.add_parser("plan", help="what a study will need", description=_PLAN, formatter_class=_Verbatim)
@@ -280,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("arm", help="an SFT or RL arm of the study, such as ngdiff or alpha_0.5")
     train.add_argument("params", help="parameter file of the study, such as params/cpu.yaml")
-    _add_set(train, "tasks=[sudoku] seeds=[0]")
+    _add_set(train, "'tasks=[sudoku]' 'seeds=[0]'")
     train.set_defaults(command=_train)
 
     screen = commands.add_parser(
@@ -288,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     screen.add_argument("params", nargs="?", default="params/cpu.yaml", help="problems, drawings and limits are its")
     screen.add_argument("--model", required=True, help="folder of a checkpoint that answers in the study's format")
-    screen.add_argument("--task", required=True, help="sudoku or graph_coloring")
+    screen.add_argument("--task", required=True, choices=get_args(Task))
     _add_set(screen, "n_coupling=100 coupling_rollouts=16")
     screen.set_defaults(command=_screen)
 
@@ -305,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("params", help="parameter file of the study, such as params/cpu.yaml")
     export.add_argument("--to", required=True, metavar="FOLDER", help="a folder in it per task, each a data set")
-    _add_set(export, "n_train_sft=100 seeds=[1]")
+    _add_set(export, "n_train_sft=100 'seeds=[1]'")
     export.set_defaults(command=_export)
 
     bench = commands.add_parser(
@@ -316,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
 
     score = commands.add_parser("score", help="score responses", description=_SCORE, formatter_class=_Verbatim)
-    score.add_argument("--task", required=True, help="sudoku or graph_coloring")
+    score.add_argument("--task", required=True, choices=get_args(Task))
     score.set_defaults(command=_score)
 
     claims = commands.add_parser("claims", help="recompute a study's claims", description=_CLAIMS)

@@ -20,7 +20,12 @@ BASE = re.compile(r"base-[0-9a-f]+")
 
 
 def pack(root: Path, path: Path) -> int:
-    """Write all finished runs of the repository at `root` to the zip file `path`; returns how many."""
+    """Write all finished runs of the repository at `root` to the zip file `path`; returns how many.
+
+    Raises ParamsError if no such file can be written.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ParamsError(f"{path}: must be the name of a file in a folder that exists")
     runs = [folder for folder in sorted(runs_dir(root).glob("*-*")) if (folder / "DONE").exists()]
     runs = [folder for folder in runs if not folder.name.startswith(("data-", "model-", "base-language-"))]
     starts = {json.loads((folder / "config.json").read_text(encoding="utf-8")).get("start") for folder in runs}

@@ -11,6 +11,8 @@ from typing import ClassVar, Protocol
 import torch
 from torchjd.aggregation import PCGradWeighting
 
+from asym.params import WEIGHT
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -147,6 +149,6 @@ def balance_of(arm: str) -> Balance:
     if arm in BALANCES:
         return BALANCES[arm]()
     kind, _, value = arm.partition("_")
-    if kind == "lambda" and re.fullmatch(r"[01]|0\.\d+", value):
+    if kind == "lambda" and re.fullmatch(WEIGHT, value):
         return Fixed(float(value))
     raise ValueError(f"unknown SFT arm {arm!r}: allowed are {', '.join(BALANCES)}, lambda_<0..1>")

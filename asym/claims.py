@@ -53,6 +53,7 @@ PAPER = {
 }
 CANDIDATES = ("self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence")
 CONTROL = "answer_consistency"  # a surrogate that rewards reasoning: ranked in C10, but no candidate for C9
+FOLDS = 5  # of the problems, to choose the best arm out of
 MARGIN = 2.0  # points by which an arm may fall behind and still be "not worse"
 QUARTER = 25.0  # points: a share below one half by more than this is "far below"
 
@@ -71,14 +72,14 @@ def verdict(low: float, high: float, threshold: float = 0.0) -> str:
     return "not reproduced" if high < threshold else "inconclusive"
 
 
-def best_of(rows: pd.DataFrame, arms: list[str], name: str, folds: int = 5) -> pd.DataFrame:
+def best_of(rows: pd.DataFrame, arms: list[str], name: str) -> pd.DataFrame:
     """Rows of an arm `name` that takes each fold at each seed from whichever of `arms` has the best a outside both.
 
     Arms that lack one of the seeds of the others are no candidates.
     """
     candidates = rows[rows.arm.isin(arms)]
     candidates = candidates[candidates.groupby("arm").seed.transform("nunique") == candidates.seed.nunique()]
-    fold = pd.factorize(candidates.problem_id, sort=True)[0] % folds
+    fold = pd.factorize(candidates.problem_id, sort=True)[0] % FOLDS
     chosen = [candidates.iloc[:0]]
     for k, seed in itertools.product(np.unique(fold), candidates.seed.unique()):
         own = candidates.seed == seed
@@ -144,7 +145,7 @@ def c4(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
 def c5(sft_rows: pd.DataFrame, resamples: int) -> Iterator[Part]:
     """Along λ, a is best at neither end; from the lowest to the highest, a_p rises and a_r falls.
 
-    Token averaging is the point of that curve with the smallest λ: perception's share of the tokens.
+    Token averaging is taken for the point with the smallest λ, perception's share of the tokens: all λ must be larger.
     """
     arms = [arm for arm in ("token_averaged", *mixtures(sft_rows, "lambda_")) if arm in set(sft_rows.arm)]
     yield "C5 interior", best_against(sft_rows, arms[1:-1], arms[:1] + arms[-1:], resamples), 0.0
@@ -325,7 +326,8 @@ def claims(
 def _by_seed(test: Callable[..., Iterator[Part]], tables: list[pd.DataFrame], resamples: int) -> dict[str, str]:
     """The estimates at each of several seeds alone, by claim, in the order of the seeds.
 
-    A seed alone also chooses its own best arm, or the one that is hardest to beat, where a claim is about several.
+    A seed alone also chooses its own best arm, or the one that is hardest to beat, where a claim is about several. C10
+    holds its gains against the screening of all seeds.
     """
     seeds, found = sorted(tables[0].seed.unique()), {}
     for seed in seeds if len(seeds) > 1 else []:
@@ -349,6 +351,8 @@ def recompute(results: Path) -> pd.DataFrame:
     stored |= {"screening": "tables/screening.csv"}
     read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     tables = {name: read[path.suffix](path) for name, file in stored.items() if (path := results / file).exists()}
+    if not tables:
+        raise ParamsError(f"{results}: has none of the rows and tables that claims are made of")
     if "rollouts" in tables:
         mode = tables["rollouts"]["mode"]
         tables["counterfactual"] = tables["rollouts"][mode == "counterfactual"]

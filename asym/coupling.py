@@ -66,12 +66,13 @@ def coupling_table(
     return pd.DataFrame(records).rename(columns={"estimate": "r"}).round(6)
 
 
-def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000, alone: str = "token_averaged") -> pd.DataFrame:
+def checkpoint_coupling(rows: pd.DataFrame, alone: str = "token_averaged") -> pd.DataFrame:
     """Correlation of a with a_p and with a_r *across checkpoints*, each a point with its three accuracies.
 
     `rows` are those of `evaluate.measure_along`: a checkpoint is a combination of arm, seed and step. Once for all of
-    them, which differ in λ or reward, and once for those that the arm `alone` passed. The interval resamples problems,
-    the checkpoints stay. `null` is the correlation that a would have if it were a_p · a_r at every checkpoint.
+    them, which differ in λ or reward, and once for those that the arm `alone` passed. The interval is over problems
+    (the checkpoints stay) and by the jackknife: accuracies of a resample are noisier than those of the data, and so
+    their r lies to one side. `null` is the correlation that a would have if it were a_p · a_r at every checkpoint.
     Columns: task, family, of (all arms, or `alone`), pair, r, low, high, n (problems), checkpoints, p and q (mean
     a_p and a_r, 0..1), null; r is nan with fewer than `FEW` checkpoints.
     """
@@ -93,7 +94,7 @@ def checkpoint_coupling(rows: pd.DataFrame, resamples: int = 1000, alone: str = 
                 return _across(sums[..., 0], sums[..., half])
 
             few = totals.shape[2] < FEW
-            estimate = asdict(stats.UNTESTED if few else stats.bootstrap(totals, correlation, resamples))
+            estimate = asdict(stats.UNTESTED if few else stats.jackknife(totals, correlation))
             null = np.nan if few else float(_across(a_p * a_r, (a_p, a_r)[half - 1]))
             estimate |= {"seeds": totals.shape[2], "p": a_p.mean(), "q": a_r.mean(), "null": null}
             records.append({"task": task, "family": family, "of": of, "pair": f"outcome~{name}", **estimate})
@@ -193,7 +194,8 @@ def hacking(
         Columns task, family, arm, over, gain (surrogate, wrong, a_p, a_p_graded, a, fooled), estimate, low, high
         (points), n, seeds: paired by problem and seed. Only for surrogates that have an arm.
     """
-    group, gained, records = ["problem_id", "seed"], ["a_p", "a_p_graded", "a", "fooled"], []
+    group, records = ["problem_id", "seed"], []
+    gained = ["surrogate", "a_p", "a_p_graded", "a", "fooled", "wrong"]
     trained = set(rollouts.arm)
     for (task, family), part in rollouts.groupby(["task", "family"]):
         part = part.assign(problem_id=stats.own_problems(part))
@@ -205,14 +207,13 @@ def hacking(
                 own = own.assign(surrogate=own[surrogate])
                 ahead = own.surrogate > own.groupby(group).surrogate.transform("mean")
                 own = own.assign(fooled=(ahead & (own.a_p == 0)).astype(float))
-                means[arm] = 100 * own.groupby(group)[["surrogate", *gained]].mean()
+                own["wrong"] = own.surrogate.where((own.a_p == 0) & (own.a_p_graded > 0))
+                means[arm] = 100 * own.groupby(group)[gained].mean()
             for other in others:
-                gains = (means[surrogate] - means[other]).dropna().reset_index()
+                gains = means[surrogate] - means[other]
                 about = {"task": task, "family": family, "arm": surrogate, "over": other}
-                for name in ("surrogate", *gained):
-                    records.append(about | {"gain": name} | asdict(stats.accuracy(gains, name, 1, resamples)))
-                misread = part[(part.a_p == 0) & (part.a_p_graded > 0) & part.arm.isin([surrogate, other])]
-                wrong = stats.paired_difference(misread, surrogate, other, surrogate, resamples)
-                records.append(about | {"gain": "wrong"} | asdict(wrong))
+                for name in gained:
+                    gain = stats.accuracy(gains[name].dropna().reset_index(), name, 1, resamples)
+                    records.append(about | {"gain": name} | asdict(gain))
     columns = ["task", "family", "arm", "over", "gain", "estimate", "low", "high", "n", "seeds"]
     return pd.DataFrame(records, columns=columns)

@@ -27,9 +27,8 @@ from asym import stats
 from asym.params import CREDITS
 from asym.runs import progress
 from asym.sft import SegmentCollator, token_losses
-from asym.transcript import PERCEPTION, TAGS
+from asym.transcript import CLOSING, PERCEPTION
 
-CLOSING = TAGS[1]
 SKETCH = 4096  # dimensions a gradient is hashed to: inner products then err by 1/64 of the norms
 
 
@@ -94,7 +93,8 @@ def policy_gradients(
         seed: of the hash. Under different seeds sketches are as good as orthogonal, and a sum over seeds keeps each.
 
     Returns:
-        problem_id, rollout, `whole` (through all tokens) and `seen` (through the perception tokens), arrays (SKETCH,).
+        problem_id, rollout, `whole` (through all tokens) and `seen` (through the perception tokens, of which a response
+        that never closes its perception has none here), arrays (SKETCH,).
         Inner products of sketches are those of the gradients, up to 1/√SKETCH of their norms.
     """
     parameters = [weights for weights in model.parameters() if weights.requires_grad]
@@ -140,8 +140,9 @@ def gradient_table(gradients: pd.DataFrame, rewards: Sequence[str], resamples: i
     """
     records = []
     for (task, family), part in gradients.groupby(["task", "family"]):
+        part = part.assign(problem=stats.own_problems(part))
         groups = [group for _, group in part.groupby(["seed", "problem_id"])]
-        where = pd.DataFrame([{"seed": g.seed.iloc[0], "problem": stats.own_problems(g).iloc[0]} for g in groups])
+        where = pd.concat([group[["seed", "problem"]].head(1) for group in groups], ignore_index=True)
         ideal = _summed(groups, "perception", "seen")
         judge = where.groupby("seed").cumcount() % 2 == 0  # half of the problems give the direction, half are judged
         sums = {seed: ideal[judge & (where.seed == seed)].sum(0) for seed in where.seed.unique()}

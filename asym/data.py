@@ -59,7 +59,7 @@ def stream(seed: int, split: str, index: int, purpose: str = "") -> Random:
 def problems(task: Task, split: str, seed: int, scenes: bool = False) -> Iterator[Any]:
     """Distinct problems of a split, without end; `scenes` draws what the eye is trained on instead.
 
-    Raises ValueError when the space has no further problem for the split.
+    Raises ParamsError when the space has no further problem for the split.
     """
     seen = set()
     for index in itertools.count():
@@ -69,9 +69,18 @@ def problems(task: Task, split: str, seed: int, scenes: bool = False) -> Iterato
             if problem not in seen and split_of(task, problem) == split:
                 break
         else:
-            raise ValueError(f"{task} has only {len(seen)} distinct problems for {split}: ask for fewer")
+            raise ParamsError(f"n_{split}: must be at most {len(seen)}: {task} has no more distinct problems for it")
         seen.add(problem)
         yield problem
+
+
+def enough_graphs(p: Params) -> None:
+    """Raises ParamsError if a split asks for more graphs than there are for it, of so few vertices."""
+    graphs = sum(2 ** (n * (n - 1) // 2) for n in range(p.vertices_min, p.vertices_max + 1))
+    for split, share in SHARES.items():
+        if (wanted := getattr(p, f"n_{split}")) > share * graphs:
+            few = f"about {share * graphs:.0f} of the {graphs} graphs of {p.vertices_min} to {p.vertices_max} vertices"
+            raise ParamsError(f"n_{split} = {wanted}: must be at most {few}")
 
 
 def build_split(p: Params, name: str, split: str, seed: int) -> Dataset:
@@ -163,6 +172,8 @@ def export(p: Params, folder: Path) -> list[Path]:
     """Write the study's splits in the published schema, a data set with its card per task; returns their folders."""
     if p.data != "generated":
         raise ParamsError(f"data = {p.data!r}: must be generated; what is published already needs no export")
+    if folder.exists() and not folder.is_dir():
+        raise ParamsError(f"--to {folder}: must be a folder, or a new name")
     written = []
     for name in p.tasks:
         target = folder / name

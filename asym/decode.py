@@ -266,10 +266,9 @@ def _generate(model, inputs, copies: int, *, max_new_tokens: int, temperature: f
     sampling = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling["num_return_sequences"] = copies
     padding = torch.tensor(model.generation_config.eos_token_id).flatten()[0].item()  # a release may name no other
     limits = {"max_new_tokens": max_new_tokens, "suppress_tokens": forbidden, "pad_token_id": padding}
     limits["repetition_penalty"] = 1.0  # this, top_k and top_p are else those that a release brings along
-    written = [model.generate(**inputs, **limits, **sampling)[:, inputs["input_ids"].shape[1] :] for _ in range(copies)]
-    longest = max(tokens.shape[1] for tokens in written)
-    padded = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in written]
-    return torch.stack(padded, 1).flatten(0, 1)
+    written = model.generate(**inputs, **limits, **sampling)[:, inputs["input_ids"].shape[1] :]
+    return written if temperature else written.repeat_interleave(copies, 0)

@@ -86,7 +86,10 @@ COLUMNS += ["a", "a_p", "a_p_graded", "a_own", "parse_failure", "n_tokens"]
 def responses(
     p: Params, trained: Run, name: str, seed: int, split: str, rollouts: int, modes: tuple[str, ...] = MODES
 ) -> pd.DataFrame:
-    """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`."""
+    """What `measure` returns of a run, computed now, without what it is about: the columns `COLUMNS`.
+
+    `p.max_new_tokens` limits what the model writes. A true perception that it is given does not count towards it.
+    """
     model, processor = models.load(trained.checkpoint, p, merge=False)
     task, data = task_of(p, name), load_split(p, name, split, seed)
     if _of_the_first(split, rollouts):

@@ -48,7 +48,8 @@ Surrogate = Literal[
     "self_blindfold", "solver_blindfold", "validity", "group_agreement", "image_dependence", "answer_consistency"
 ]
 
-CREDITS = r"span_routed|routed_perception|reweighted_(0|1|0\.\d*[1-9])"  # RL arms that differ in who gets the credit
+WEIGHT = r"(0|1|0\.\d*[1-9])"  # as names of arms end in
+CREDITS = rf"span_routed|routed_perception|reweighted_{WEIGHT}"  # RL arms that differ in who gets the credit
 
 
 class Params(BaseModel):
@@ -126,7 +127,10 @@ class Params(BaseModel):
     sft_lr: Rate = Field(1e-3, description="learning rate of SFT")
     sft_batch: Count = Field(8, description="responses per forward pass of SFT")
     sft_accumulation: Count = Field(1, description="forward passes per step of SFT")
-    lambdas: list[Share] = Field([0.5], description="weights of perception's loss, an SFT arm each")
+    lambdas: list[Share] = Field(
+        [0.5],
+        description="weights of perception's loss, an SFT arm each; for C5 all above its share of the tokens",
+    )
     balances: list[Baseline] = Field(
         ["uncertainty", "pcgrad", "perception_first"], description="further SFT arms: how others balance losses"
     )
@@ -180,6 +184,8 @@ class Params(BaseModel):
     def _folder_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
             raise ValueError("must be a folder name of letters, digits, '_', '-' and '.'")
+        if value in ("bench", "plan"):  # in results/, but no studies
+            raise ValueError("must be another name: the commands bench and plan write to that folder")
         return value
 
     @field_validator(
@@ -241,15 +247,17 @@ class Params(BaseModel):
     @field_validator("heads")
     @classmethod
     def _divides_width(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("hidden_size", 0) % value:
-            raise ValueError(f"must divide hidden_size = {info.data['hidden_size']}")
+        if info.data.get("hidden_size", 0) % (2 * value):  # positions turn pairs of numbers
+            raise ValueError(f"twice its value must divide hidden_size = {info.data['hidden_size']}")
         return value
 
     @field_validator("vision_hidden_size")
     @classmethod
     def _divided_by_heads(cls, value: int, info: ValidationInfo) -> int:
-        if value % info.data.get("heads", 1):
-            raise ValueError(f"must be a multiple of heads = {info.data['heads']}")
+        pairs = 4 if info.data.get("family") == "qwen3_vl" else 1  # along height and width
+        if value % (pairs * info.data.get("heads", 1)):
+            times = f"{pairs} times " * (pairs > 1)
+            raise ValueError(f"must be a multiple of {times}heads = {info.data['heads']}")
         return value
 
     @field_validator("patch_size")
@@ -268,10 +276,18 @@ class Params(BaseModel):
             )
         return value
 
+    @field_validator("rl_accumulation")
+    @classmethod
+    def _divides_rollouts(cls, value: int, info: ValidationInfo) -> int:
+        rollouts = info.data.get("rl_prompts", 0) * info.data.get("rl_group", 0)
+        if rollouts % value:
+            raise ValueError(f"must divide the {rollouts} rollouts of a step, rl_prompts times rl_group")
+        return value
+
     @field_validator("rl_start_arm")
     @classmethod
     def _sft_arm(cls, value: str) -> str:
-        if not re.fullmatch(r"token_averaged|ngdiff|lambda_(0|1|0\.\d*[1-9])", value):
+        if not re.fullmatch(rf"token_averaged|ngdiff|lambda_{WEIGHT}", value):
             raise ValueError("must be token_averaged, ngdiff or lambda_ with a number from 0 to 1, such as lambda_0.5")
         return value
 

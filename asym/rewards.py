@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from asym.params import CREDITS, Surrogate
+from asym.params import CREDITS, WEIGHT, Surrogate
 from asym.scoring import read, score
 from asym.tasks import Task
 
@@ -106,7 +106,7 @@ def weights_of(arm: str, surrogate_alpha: float) -> dict[str, float]:
         return {"perception": 1.0}
     if arm == "outcome" or re.fullmatch(CREDITS, arm):
         return {"outcome": 1.0}
-    if match := re.fullmatch(r"(alpha|graded)_([01]|0\.\d+)", arm):
+    if match := re.fullmatch(rf"(alpha|graded)_{WEIGHT}", arm):
         alpha = float(match[2])
         return {"perception" if match[1] == "alpha" else "perception_graded": alpha, "outcome": 1 - alpha}
     if arm in get_args(Surrogate):

@@ -63,15 +63,23 @@ class RolloutTrainer(Resumable, GRPOTrainer):
     once, too; and rows without an advantage pass without gradients.
 
     Attributes, set before training: `rollouts`, the folder; `arm`, whose name says which tokens get the credit;
-    `written_at_once`, how many rollouts are written together, in whole groups.
+    `written_at_once`, how many rollouts are written together, in whole groups; `epochs_done`, how often an interrupted
+    training has been through all prompts.
     """
 
     rollouts: Path
     arm = "outcome"
     written_at_once = 256
+    epochs_done = 0
     _sharing: tuple[torch.Tensor, torch.Tensor] | None = (
         None  # of a step that `log_probs` scores: prompt of each row, who moves
     )
+
+    def _get_train_sampler(self, *args):
+        sampler = super()._get_train_sampler(*args)
+        for _ in range(self.epochs_done):  # it draws a new order whenever it starts over, and has not since a restart
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
 
     def _tokenize_prompts(self, prompts):
         self._copies = self._group_size(prompts)
@@ -265,11 +273,19 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
     rewards, passes = [*REWARDS, *asked], own_passes(p)
+    rollouts = share(p.rl_prompts * p.rl_group, passes)
+    if rollouts * passes % p.rl_group:  # rewards would not see all that they compare
+        raise ParamsError(f"rl_prompts = {p.rl_prompts}: must be a multiple of the processes that share its groups")
+    if p.rl_beta and not p.lora_rank and (start.checkpoint / "adapter_config.json").exists():  # TRL takes its base
+        raise ParamsError(
+            f"rl_beta = {p.rl_beta}: must be 0 or come with lora_rank where RL starts from an adapter, whose folder is "
+            "no whole model that the penalty could refer to"
+        )
     arguments = GRPOConfig(
         output_dir=str(run.folder / "trainer"),
         max_steps=p.rl_steps,
         learning_rate=p.rl_lr,
-        per_device_train_batch_size=share(p.rl_prompts * p.rl_group, passes),
+        per_device_train_batch_size=rollouts,
         gradient_accumulation_steps=passes,  # all of them from one generation: a step stays on-policy
         num_generations=p.rl_group,
         max_completion_length=p.max_new_tokens,
@@ -308,10 +324,11 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
         raise ParamsError(
             f"arm {arm}: the model is asked for its reward, which weights in parts cannot answer: use DDP"
         )
-    torch.manual_seed(seed + PartialState().process_index)  # else processes that share a group write it twice
+    torch.manual_seed(seed + PartialState().process_index)  # else all processes draw the same random numbers
     saved = run.last_trainer_checkpoint()
+    done = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+    trainer.epochs_done = done // (len(data) // p.rl_prompts)
     if first():  # what an interrupted training wrote beyond its checkpoint, perhaps on more processes
-        done = int(saved.name.removeprefix("checkpoint-")) if saved else 0
         for part in trainer.rollouts.glob("*.parquet"):
             if int(part.stem.partition("-")[0]) >= done:
                 part.unlink()

@@ -60,6 +60,8 @@ def results_dir(study: str, root: Path | None = None) -> Path:
     """
     folder = (root or repo_root()) / "results" / study
     path = folder / "manifest.json"
+    if folder.exists() and not folder.is_dir():
+        raise ParamsError(f"{folder}: study = {study!r}: must be the name of a folder")
     owner = read_manifest(folder).get("study")
     if owner is None and folder.exists() and any(folder.iterdir()):
         raise ParamsError(f"{folder}: study = {study!r}: must be a new or empty folder, or one with its manifest.json")

@@ -39,7 +39,7 @@ from asym.training import (
     threads,
     whole_weights,
 )
-from asym.transcript import PERCEPTION, REASONING, segment_ids
+from asym.transcript import CLOSING, PERCEPTION, REASONING, segment_ids
 
 LOG_EVERY = 10  # optimizer steps
 SAVE_EVERY = 100  # optimizer steps; what an interruption loses at most
@@ -72,7 +72,7 @@ class SegmentCollator:
         written = (tokens["input_ids"], tokens["offset_mapping"])
         for response, prompt, types, ids, spans in zip(responses, *prompted, *written, strict=True):
             ids, spans = [*ids, tokenizer.eos_token_id], [*spans, (len(response), len(response))]
-            segments = segment_ids(response, spans) if "</perception>" in response else [REASONING] * len(ids)
+            segments = segment_ids(response, spans) if CLOSING in response else [REASONING] * len(ids)
             columns["input_ids"].append([*prompt, *ids])
             columns["attention_mask"].append([1] * (len(prompt) + len(ids)))
             columns["mm_token_type_ids"].append([*types, *[0] * len(ids)])
@@ -394,7 +394,7 @@ def _train(p: Params, base: Run, run: Run, steps: int, snapshots: dict[int, Run]
     fit(run, label, model, processor, data, balance, p, steps=steps, snapshots=snapshots, **schedule)
 
 
-def _token_share(data: Dataset, processor: ProcessorMixin, rows: int = 64) -> float:
+def _token_share(data: Dataset, processor: ProcessorMixin) -> float:
     """Perception's share of the response tokens, over the first rows."""
-    segments = SegmentCollator(processor)([data[k] for k in range(min(rows, len(data)))])["segments"]
+    segments = SegmentCollator(processor)([data[k] for k in range(min(64, len(data)))])["segments"]
     return ((segments == PERCEPTION).sum() / (segments > 0).sum()).item()

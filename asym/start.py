@@ -18,12 +18,15 @@ def train_start(p: Params, base: Run | None, task: str, seed: int) -> Run:
 
     Raises ParamsError if `p.start_model` is no checkpoint.
     """
-    if not p.start_model:
-        return _chosen_start(p, base, task, seed)
+    return Run.linked(repo_root(), own_start(p)) if p.start_model else _chosen_start(p, base, task, seed)
+
+
+def own_start(p: Params) -> Path:
+    """The folder that `p.start_model` names. Raises ParamsError if it holds no checkpoint."""
     folder = (repo_root() / Path(p.start_model).expanduser()).resolve()
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ParamsError(f"start_model = {p.start_model!r}: must be the folder of a checkpoint with its config.json")
-    return Run.linked(repo_root(), folder)
+    return folder
 
 
 def like_start(p: Params) -> Params:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -51,7 +50,8 @@ def run_study(
     true once every notebook ran with these parameters. A study that joins itself adds arms to what it has stored;
     "parts" tells of the runs before this one. What is no table of arms (notebook 1's, the long run, gradients) is this
     run's alone.
-    Raises ParamsError before anything is computed, NotebookError when a cell fails.
+    Raises ParamsError before anything is computed, also where it would overwrite results of other parameters;
+    NotebookError when a cell fails.
     """
     root = root or repo_root()
     params = Params.load(params_path, overrides)
@@ -62,15 +62,12 @@ def run_study(
     before = read_manifest(results)
     # A parameter that is newer than those results was at its default when they were made
     made = Params().model_dump() | before.get("params", {})
-    same = "params" not in before or made == params.model_dump() or params.study in params.join
-    if only and not same:
-        told = f"the same parameters as before; or join = [{params.study}], to add arms to what it has; "
-        told += "or no --only, which deletes what it has"
-        raise ParamsError(f"{results}: study = {params.study!r}: must have {told}")
-
-    if not same:  # nothing of other parameters stays beside the new
-        for part in ("tables", "rows", "figures", "notebooks"):
-            shutil.rmtree(results / part, ignore_errors=True)
+    other = [key for key, value in params.model_dump().items() if "params" in before and made[key] != value]
+    if other and params.study not in params.join:
+        raise ParamsError(
+            f"{results}: study = {params.study!r}: holds results of other parameters ({', '.join(other)}): choose "
+            f"another name, delete the folder, or set join = [{params.study}] to add arms to those it has"
+        )
 
     run = Run.open(root, params.study, params.model_dump())
     clock_file, feed, opened = (run.folder / name for name in ("clock.json", "progress.jsonl", "opened.txt"))
@@ -95,7 +92,7 @@ def run_study(
 
 def check(p: Params) -> None:
     """Whether this machine has what a study asks for. Raises ParamsError before anything is computed."""
-    from asym import models, published, training  # here, because they take seconds
+    from asym import data, models, published, start, training  # here, because they take seconds
 
     flash = p.attention == "flash_attention_2"
     needs = (
@@ -107,10 +104,14 @@ def check(p: Params) -> None:
             raise ParamsError(f"{asked}: needs the package {package}, which is not installed: {instead}")
     training.one_gpu()
     _joins(p)
+    if p.start_model:
+        start.own_start(p)
     if p.model:
         models.check(p.model, p.family)
     if p.data != "generated":
         published.fetch(p.data)
+    elif "graph_coloring" in p.tasks:
+        data.enough_graphs(p)
 
 
 def _joins(p: Params) -> None:

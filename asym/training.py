@@ -32,6 +32,10 @@ TRAINING = {  # what SFT and RL share: TRL's arguments that are choices of this 
 class Resumable(Trainer):
     """A trainer whose own checkpoints resume, whatever the model calls its weights on disk."""
 
+    def _save_checkpoint(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # a trainer resumed from its last step takes one more
+            super()._save_checkpoint(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)

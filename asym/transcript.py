@@ -15,6 +15,7 @@ from dataclasses import dataclass
 SEGMENTS = ("perception", "reasoning", "answer")
 PERCEPTION, REASONING = 1, 2  # segment ids of tokens; the answer trains with the reasoning, 0 is everything else
 TAGS = tuple(f"<{slash}{name}>" for name in SEGMENTS for slash in ("", "/"))
+CLOSING = TAGS[1]  # of the perception span
 
 _TAG = re.compile("|".join(TAGS))
 
@@ -68,7 +69,7 @@ def split(completion: str) -> Response:
 def _first_span(completion: str) -> str:
     """The text of the perception span that a completion begins with, "" if it does not begin with a closed one."""
     before, _, rest = completion.partition(TAGS[0])
-    text, closing, _ = rest.partition(TAGS[1])
+    text, closing, _ = rest.partition(CLOSING)
     return text.strip() if closing and not before.strip() else ""
 
 
@@ -98,9 +99,8 @@ def segment_ids(completion: str, offsets: Sequence[tuple[int, int]]) -> list[int
     Raises:
         ValueError: the text has no closed perception span.
     """
-    closing = "</perception>"
-    end = completion.find(closing)
+    end = completion.find(CLOSING)
     if end < 0:
         raise ValueError(f"no perception span in {completion[:60]!r}")
-    end += len(closing)
+    end += len(CLOSING)
     return [PERCEPTION if start < end and stop > start else REASONING for start, stop in offsets]

@@ -153,6 +153,7 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
     """
     fig, axes = figures.panels(["a", "halves"], figures.tasks_of(table), 8, 4.4, sharex=True, sharey="row")
     drawn = table[(table.measure == "a") & table.arm.isin(weights.index.unique(1))]
+    top = {"a": min(1.2 * drawn.high.max() + 2, 105), "halves": 105}  # with room for names above the peak
     for (row, task), ax in axes.items():
         here = table[(table.task == task) & table.arm.isin(weights[task].index)]
         here = here.assign(weight=here.arm.map(weights[task])).sort_values("weight")
@@ -163,11 +164,12 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
             points(ax, line, line.weight, "o-", color)
             points(ax, alone, alone.weight, "D", color, mfc="none", mew=2, ms=13, zorder=3)
         if row == "a":
-            averaged = here.arm == "token_averaged"
-            for arm in here[(~on_line | averaged) & (here.measure == "a")].itertuples():
-                below = arm.arm == "token_averaged"  # at the left edge, and its line goes up
-                place, offset = (arm.low, (0, -8)) if below else (arm.high, (0, 8))
-                sides = {"ha": "left" if below else "center", "va": "top" if below else "bottom"}
+            named = ~on_line | (here.arm == "token_averaged")
+            for arm in here[named & (here.measure == "a")].itertuples():
+                averaged = arm.arm == "token_averaged"
+                below = averaged and arm.low > 0.1 * top["a"]  # its line goes up; without room, above other names
+                place, offset = (arm.low, (0, -8)) if below else (arm.high, (0, 26 if averaged else 8))
+                sides = {"ha": "left" if averaged else "center", "va": "top" if below else "bottom"}
                 ax.annotate(
                     figures.display(arm.arm),
                     (arm.weight, place),
@@ -178,8 +180,8 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
                     **sides,
                 )
             ax.set_title(figures.TASKS.get(task, task))
-        top = 105 if row == "halves" else min(1.2 * drawn.high.max() + 2, 105)  # with room for names above the peak
-        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(0, top), xlim=(0, 1))
+        low = -0.03 * top[row]  # or points at 0 are cut in half
+        ax.set(xlabel="weight of perception λ" if row == "halves" else "", ylim=(low, top[row]), xlim=(0, 1))
     axes["a", figures.tasks_of(table)[0]].set_ylabel("end to end (points)")
     axes["halves", figures.tasks_of(table)[0]].set_ylabel("halves (points)")
     keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in figures.BARS.values()]
@@ -196,15 +198,15 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
     """
     fig, axes = figures.panels([""], figures.tasks_of(table), 7, 5, sharey=True)
     for (_, task), ax in axes.items():
-        for prefix, style in (("alpha_", "o-"), ("graded_", "D--")):
+        for prefix, style, aside in (("alpha_", "o-", -0.006), ("graded_", "D--", 0.006)):
             weight = {"outcome": 0.0}
             weight |= {arm: float(arm.removeprefix(prefix)) for arm in table.arm.unique() if arm.startswith(prefix)}
             here = table[(table.task == task) & table.arm.isin(weight)]
             here = here.assign(weight=here.arm.map(weight)).sort_values("weight")
-            for measure, (_, color) in figures.BARS.items():
+            for place, (measure, (_, color)) in enumerate(figures.BARS.items(), -1):
                 line = here[here.measure == measure]
-                if line.weight.nunique() > 1:
-                    points(ax, line, line.weight, style, color)
+                if line.weight.nunique() > 1:  # side by side, or one interval hides another
+                    points(ax, line, line.weight + 0.012 * place + aside, style, color)
         ax.set(title=figures.TASKS.get(task, task), xlabel="weight of perception α", xlim=(-0.05, 1.05), ylim=(0, 105))
     axes["", figures.tasks_of(table)[0]].set_ylabel("accuracy (points)")
     keys = [Line2D([], [], color=color, lw=4, label=label) for label, color in figures.BARS.values()]

@@ -22,6 +22,7 @@ def responses(
         names=["arm", "seed", "mode", "problem_id", "rollout"],
     )
     rows = index.to_frame(index=False).assign(task=task, family="qwen3_vl", parse_failure="")
+    rows["ground_truth"] = rows.problem_id
     p, q = (rows.arm.map({arm: rate[i] for arm, rate in rates.items()}) for i in (0, 1))
     rows["a_p"] = (rng.random(len(rows)) < p) | (rows["mode"] == "counterfactual")
     rows["a_own"] = rng.random(len(rows)) < q

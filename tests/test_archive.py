@@ -55,6 +55,12 @@ def test_what_rl_started_from_keeps_its_weights(finished, tmp_path):
     assert (tmp_path / "two" / "runs" / start.name / "checkpoint" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", [".", "no/such/folder/runs.zip"])
+def test_a_file_that_cannot_be_written_is_told(finished, tmp_path, name):
+    with pytest.raises(ParamsError, match="must be the name of a file in a folder that exists"):
+        pack(finished, tmp_path / name)
+
+
 def test_what_is_finished_here_stays_and_the_rest_is_completed(finished, tmp_path):
     file, there = tmp_path / "runs.zip", tmp_path / "two"
     pack(finished, file)

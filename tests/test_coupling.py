@@ -87,9 +87,11 @@ def test_training_problems_of_two_seeds_are_different_problems():
     rows = pd.concat(
         [responses({"start": (0.5, 0.5)}, problems=20, rollouts=4, stream=s).assign(seed=s) for s in (0, 1)]
     )
-    drawn = rows.assign(problem_id="sudoku/train_rl/" + rows.problem_id)
+    drawn = rows.assign(problem_id="sudoku/train_rl/" + rows.problem_id, ground_truth=rows.seed)
+    published = rows.assign(problem_id=drawn.problem_id)  # where no seed draws others
     assert set(coupling.coupling_table(*split(rows), 50).n) == {20}
     assert set(coupling.coupling_table(*split(drawn), 50).n) == {40}
+    assert set(coupling.coupling_table(*split(published), 50).n) == {20}
 
 
 def test_constant_successes_have_no_correlation():
@@ -112,6 +114,7 @@ def test_a_surrogates_say_is_its_share_of_the_variance_that_grpo_scales_to_one()
             "family": "qwen3_vl",
             "seed": 0,
             "problem_id": name,
+            "ground_truth": name,
             "a": a,
             "a_p": a,
             "a_p_graded": a,
@@ -165,7 +168,7 @@ def along(rates: dict[int, tuple[float, float]], arm: str, problems: int = 400) 
 def test_across_checkpoints_the_outcome_follows_what_varies():
     """Five checkpoints that differ in perception alone: the outcome rises with it, whatever reasoning does."""
     rows = along({step: (0.2 + 0.15 * step, 0.8) for step in range(5)}, "ngdiff")
-    table = coupling.checkpoint_coupling(rows, 200).set_index("pair")
+    table = coupling.checkpoint_coupling(rows).set_index("pair")
     assert set(table.of) == {"all arms"}
     assert table.low["outcome~perception"] > 0.95
     assert table.high["outcome~reasoning"] - table.low["outcome~reasoning"] > 0.5
@@ -175,14 +178,14 @@ def test_across_checkpoints_the_outcome_follows_what_varies():
     assert table.r["outcome~perception"] == pytest.approx(means.a.corr(means.a_p), abs=1e-5)
     assert table.p["outcome~perception"] == pytest.approx(means.a_p.mean(), abs=1e-5)
     assert table.null["outcome~perception"] > 0.95
-    assert coupling.checkpoint_coupling(rows[rows.step < 4], 10).r.isna().all()
+    assert coupling.checkpoint_coupling(rows[rows.step < 4]).r.isna().all()
 
 
 def test_across_checkpoints_the_null_is_the_product_and_token_averaging_stands_apart():
     """Along λ one half is traded for the other; along training both rise."""
     traded = pd.concat([along({0: (x, 1 - x)}, f"lambda_{x:g}") for x in (0.2, 0.4, 0.5, 0.6, 0.8, 0.9)])
     risen = along({step: (0.1 * step, 0.15 * step) for step in range(1, 6)}, "token_averaged")
-    table = coupling.checkpoint_coupling(pd.concat([traded, risen]), 100).set_index(["of", "pair"])
+    table = coupling.checkpoint_coupling(pd.concat([traded, risen])).set_index(["of", "pair"])
     assert dict(table.checkpoints.groupby("of").first()) == {"all arms": 11, "token_averaged": 5}
     means = {name: 100 * stats.select(risen, name).groupby("step").value.mean() for name in ("a_p", "a_r")}
     product = means["a_p"] * means["a_r"]
@@ -201,14 +204,15 @@ def finals(rates: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
         for problem in range(100):
             a_p, a, surrogate = (rng.random((3, 8)) < np.array([[sees], [solves], [earns]])).astype(float)
             about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "mode": "end_to_end"}
-            about |= {"problem_id": f"test-{problem}", "a_p_graded": 0.5 + a_p / 2}
+            about |= {"problem_id": f"test-{problem}", "ground_truth": "", "a_p_graded": 0.5 + a_p / 2}
             rows.append(pd.DataFrame(about | {"a": a, "a_p": a_p, "validity": surrogate}))
     return pd.concat(rows, ignore_index=True)
 
 
 def test_a_surrogate_that_rises_because_perception_does_gains_nothing_where_it_is_wrong():
     rollouts = finals({arm: (sees, 0.4, 0.0) for arm, sees in (("start", 0.3), ("outcome", 0.3), ("validity", 0.7))})
-    honest = rollouts.assign(validity=rollouts.a_p.where(rollouts.a_p == 1, (rollouts.index % 5 == 0).astype(float)))
+    lucky = (np.random.default_rng(1).random(len(rollouts)) < 0.2).astype(float)
+    honest = rollouts.assign(validity=rollouts.a_p.where(rollouts.a_p == 1, lucky))
     table = coupling.hacking(honest, ["validity"], OVER, 200).set_index(["over", "gain"])
     for over in ("start", "outcome"):
         assert table.low[over, "surrogate"] > 20
@@ -229,6 +233,19 @@ def test_a_surrogate_is_gamed_if_it_gains_and_perception_does_not():
         assert table.low[over, "wrong"] > 20
     assert set(table.n[~(table.index.get_level_values("gain") == "wrong")]) == {100}
     assert set(table.arm) == {"validity"}  # the other one was not trained
+
+
+def test_a_gain_on_wrong_compares_the_same_problems_however_often_an_arm_misreads_them():
+    """On either problem both arms earn the same for a misreading; one misreads the dear problem more often."""
+    rows = []
+    for arm, often in (("outcome", 1), ("validity", 3)):
+        for problem, earned, misread in (("cheap", 0.2, 4 - often), ("dear", 0.8, often)):
+            about = {"task": "sudoku", "family": "x", "arm": arm, "seed": 0, "problem_id": problem, "ground_truth": ""}
+            for k in range(4):
+                seen = float(k >= misread)
+                rows.append(about | {"a": 0.0, "a_p": seen, "a_p_graded": max(seen, 0.5), "validity": earned})
+    table = coupling.hacking(pd.DataFrame(rows), ["validity"], OVER, 50).set_index(["over", "gain"])
+    assert table.estimate["outcome", "wrong"] == 0
 
 
 def test_gaming_is_held_against_an_arm_paid_the_truth_and_unread_perceptions_do_not_count():

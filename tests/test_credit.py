@@ -130,7 +130,7 @@ def test_the_table_tells_aligned_rewards_from_noise():
             about = {"problem_id": str(problem), "rollout": rollout, "whole": gradient, "seen": gradient}
             paid = {"perception": right, "same": 3 * right, "against": -right, "luck": float(rollout == lucky)}
             records.append(about | paid)
-    gradients = pd.DataFrame(records).assign(task="sudoku", family="f", seed=0)
+    gradients = pd.DataFrame(records).assign(task="sudoku", family="f", seed=0, ground_truth="")
     table = gradient_table(gradients, ["perception", "same", "against", "luck"], 200)
     found = table.set_index(["measure", "reward"])
     assert found.estimate["cosine", "perception"] == pytest.approx(1)
@@ -165,6 +165,7 @@ def test_the_yardstick_is_made_of_other_problems_than_it_judges():
         {"problem_id": str(k // 2), "rollout": k % 2, "whole": g, "seen": g, "perception": float(k % 2)}
         for k, g in enumerate(noise)
     ]
-    table = gradient_table(pd.DataFrame(rows).assign(task="sudoku", family="f", seed=0), ["perception"], 200)
+    rows = pd.DataFrame(rows).assign(task="sudoku", family="f", seed=0, ground_truth="")
+    table = gradient_table(rows, ["perception"], 200)
     signal = table[table.measure == "signal_to_noise"].iloc[0]
     assert signal.low < 0 < signal.high

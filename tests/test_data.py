@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from asym.data import SHARES, build_split, load_split, problems, split_of, stream, task_of
+from asym.params import ParamsError
 from asym.scoring import score
 from asym.tasks import GraphColoring, Sudoku
 from asym.transcript import split as take_apart
@@ -54,7 +55,7 @@ def test_an_exhausted_space_is_an_error_that_says_how_many_there_are(monkeypatch
     task = GraphColoring((3, 3))
     there = {x for x in (task.sample(stream(0, "all", k)) for k in range(500)) if split_of(task, x) == "train_base"}
     monkeypatch.setattr("asym.data.ATTEMPTS", 500)
-    with pytest.raises(ValueError, match=rf"only {len(there)} distinct problems for train_base: ask for fewer"):
+    with pytest.raises(ParamsError, match=rf"n_train_base: must be at most {len(there)}: "):
         list(problems(task, "train_base", 0))
 
 

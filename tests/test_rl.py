@@ -15,7 +15,7 @@ from asym import models, rl, training
 from asym.credit import perception_mask
 from asym.data import load_split, task_of
 from asym.decode import decode
-from asym.params import Params
+from asym.params import Params, ParamsError
 from asym.rl import REWARDS, train_arm
 from asym.runs import Run, repo_root
 from asym.start import train_start
@@ -285,6 +285,17 @@ def test_an_adapter_trains_with_a_penalty(tiny, start, root, monkeypatch):
     assert (run.checkpoint / "adapter_config.json").exists()
 
 
+def test_what_an_arm_cannot_be_trained_with_is_told(tiny, bases, start, root, monkeypatch):
+    p = tiny(max_new_tokens=12, lora_rank=2)
+    adapter = train_arm(p, start, "sudoku", "outcome", 0)
+    with pytest.raises(ParamsError, match=r"rl_beta = 0\.1: must be 0 or come with lora_rank where RL starts from an"):
+        train_arm(tiny(max_new_tokens=12, rl_beta=0.1), adapter, "sudoku", "outcome", 0)
+    several = SimpleNamespace(num_processes=4, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(training, "PartialState", lambda: several)
+    with pytest.raises(ParamsError, match="rl_prompts = 2: must be a multiple of the processes that share its groups"):
+        train_arm(p, start, "sudoku", "outcome", 1)
+
+
 def test_an_adapter_names_the_start_also_where_its_rollouts_came_from_a_copy(tiny, start, root, monkeypatch):
     """vLLM reads weights from a folder of the run that is gone when the run is done."""
     stock = rl._generation
@@ -341,12 +352,14 @@ def test_a_finished_arm_is_reused_and_the_same_twice(tiny, sampled, start, root,
             train_arm(changed, start, "sudoku", arm, seed)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
-def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, bases, root, monkeypatch, family):
+@pytest.mark.parametrize(("family", "cut"), [("qwen3_vl", 2), ("internvl", 3), ("qwen3_vl", 5), ("qwen3_vl", "end")])
+def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, bases, root, monkeypatch, family, cut):
+    """In the first or second time through its three steps' worth of prompts, or after the last step."""
+
     def outcome(task, problems, completions):  # what a tiny model can earn something by
         return [len(text) % 7 / 7 for text in completions]
 
-    p, start = tiny(n_train_rl=6, rl_steps=3, max_new_tokens=12, rl_lr=1e-2, family=family), bases(family)
+    p, start = tiny(n_train_rl=6, rl_steps=5, max_new_tokens=12, rl_lr=1e-2, family=family), bases(family)
     monkeypatch.setattr(rl, "REWARDS", (outcome,))
     monkeypatch.setattr(rl, "SAVE_EVERY", 1)
     monkeypatch.setattr("asym.rl.repo_root", lambda: root / "whole")
@@ -357,11 +370,16 @@ def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, bases
         step_end = ProgressCallback.on_step_end
 
         def on_step_end(self, *args, **kwargs):
-            if next(steps) == 3:
+            if next(steps) == cut:
                 raise KeyboardInterrupt
             step_end(self, *args, **kwargs)
 
+        def save(*_):
+            raise KeyboardInterrupt
+
         patch.setattr(ProgressCallback, "on_step_end", on_step_end)
+        if cut == "end":
+            patch.setattr(models, "save", save)
         with pytest.raises(KeyboardInterrupt):
             train_arm(p, start, "sudoku", "outcome", 0)
     resumed = train_arm(p, start, "sudoku", "outcome", 0)
@@ -375,6 +393,9 @@ def test_an_interrupted_run_resumes_to_the_same_rollouts_and_weights(tiny, bases
 def test_checkpoints_along_a_training_are_those_it_passed(tiny, start, root, script):
     """Also when they are asked for only after the arm has been trained."""
     p = tiny(rl_steps=3, max_new_tokens=400, rl_lr=1e-2, rl_curve_every=2)
+    shorter = p.model_copy(update={"rl_steps": 2, "rl_curve_every": 0})
+    script(mixed_responses(p, "sudoku"))
+    passed = train_arm(shorter, start, "sudoku", "outcome", 0)
     script(mixed_responses(p, "sudoku"))
     bare = train_arm(p.model_copy(update={"rl_curve_every": 0}), start, "sudoku", "outcome", 0)
     end = train_arm(p, start, "sudoku", "outcome", 0)
@@ -384,6 +405,8 @@ def test_checkpoints_along_a_training_are_those_it_passed(tiny, start, root, scr
     found = [load_file(run.checkpoint / "model.safetensors") for run in (start, *runs.values())]
     for before, after in itertools.pairwise(found):
         assert any(not torch.equal(before[name], after[name]) for name in before)
+    same = load_file(passed.checkpoint / "model.safetensors")
+    assert all(torch.equal(weights, same[name]) for name, weights in found[1].items())
 
 
 def test_a_pass_is_as_long_as_its_own_longest_rollout(tiny, start, root, script, monkeypatch):

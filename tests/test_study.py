@@ -61,8 +61,10 @@ def test_a_study_fails_resumes_and_completes(repo):
     run_study(params, ["01"], root=repo)
     assert (results / "notebooks" / "01_first.ipynb").read_text() == text
     assert read_manifest(results)["complete"]
-    with pytest.raises(ParamsError, match="or no --only, which deletes what it has"):
-        run_study(params, ["01"], {"n_test": "6"}, root=repo)
+    for only in (["01"], None):
+        with pytest.raises(ParamsError, match=r"study = 'tiny': holds results of other parameters \(n_test\): choose"):
+            run_study(params, only, {"n_test": "6"}, root=repo)
+    assert (results / "notebooks" / "01_first.ipynb").read_text() == text
     assert (repo / "log").read_text() == "12121"
 
 
@@ -118,6 +120,11 @@ def test_a_study_that_joins_itself_keeps_what_it_has_and_tells_of_its_parts(repo
         ({"attention": "flash_attention_2"}, "attention = 'flash_attention_2': needs the package flash_attn"),
         ({"model": "/no/such/model"}, "model = '/no/such/model': is no folder here and cannot be downloaded"),
         ({"data": "/no/such/data", "tasks": "[sudoku]"}, "data = '/no/such/data': must be generated, hub:"),
+        ({"start_model": "/no/such/start"}, "start_model = '/no/such/start': must be the folder of a checkpoint"),
+        (
+            {"vertices_max": "5", "n_train_sft": "300"},
+            "n_train_sft = 300: must be at most about 256 of the 1024",
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_told_before_anything_runs(repo, overrides, message):
@@ -174,7 +181,7 @@ def test_results_from_before_a_parameter_existed_are_those_of_its_default(repo):
     del old["params"]["vllm"]
     path.write_text(json.dumps(old))
     run_study(repo / "tiny.yaml", ["01"], root=repo)
-    with pytest.raises(ParamsError, match="or no --only, which deletes what it has"):
+    with pytest.raises(ParamsError, match=r"holds results of other parameters \(n_test\)"):
         run_study(repo / "tiny.yaml", ["01"], {"n_test": "6"}, root=repo)
 
 
@@ -184,11 +191,13 @@ def test_results_from_before_a_parameter_existed_are_those_of_its_default(repo):
         (["03"], {}, "--only 03: allowed are the notebooks 01_first, 02_second"),
         (None, {"n_test": "many"}, "--set: n_test = 'many': must be a valid integer"),
         (None, {"study": "taken"}, "study = 'taken': must be a new or empty folder"),
+        (None, {"study": "README.md"}, "study = 'README.md': must be the name of a folder"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(repo, only, overrides, message):
     (repo / "results" / "taken").mkdir(parents=True)
     (repo / "results" / "taken" / "table.csv").touch()
+    (repo / "results" / "README.md").touch()
     with pytest.raises(ParamsError, match=message):
         run_study(repo / "tiny.yaml", only, overrides, root=repo)
     assert not (repo / "runs").exists()

@@ -133,7 +133,9 @@ def test_the_alpha_frontier_joins_outcome_only_and_the_weights_in_order():
     table = index.to_frame(index=False).assign(family="f", n=16, seeds=1)
     table["estimate"] = table.arm.map(arms)
     fig = trends.alpha_frontier(table.assign(low=table.estimate - 1, high=table.estimate + 1))
-    drawn = [(each.get_xdata().tolist(), each.get_ydata().tolist()) for each in fig.axes[0].lines]
+    drawn = [
+        (each.get_xdata().astype(float).round(1).tolist(), each.get_ydata().tolist()) for each in fig.axes[0].lines
+    ]
     assert ([0, 0.5, 1], [40, 50, 60]) in drawn
     assert ([0, 0.5], [40, 55]) in drawn
     plain = trends.alpha_frontier(table[~table.arm.str.startswith("graded")].assign(low=0.0, high=90.0))
