@@ -90,11 +90,12 @@ def checkpoint_coupling(rows: pd.DataFrame, alone: str = "token_averaged") -> pd
         a_p, a_r = totals.mean((0, 1))[:, 1:].T  # (K,) each
         for half, name in enumerate(("perception", "reasoning"), 1):
 
-            def correlation(sums, half=half):
-                return _across(sums[..., 0], sums[..., half])
+            def transformed(sums, half=half):  # Fisher's z, for an interval within -1 and 1
+                return np.arctanh(_across(sums[..., 0], sums[..., half]))
 
             few = totals.shape[2] < FEW
-            estimate = asdict(stats.UNTESTED if few else stats.jackknife(totals, correlation))
+            estimate = asdict(stats.UNTESTED if few else stats.jackknife(totals, transformed))
+            estimate |= {name: np.tanh(estimate[name]) for name in ("estimate", "low", "high")}
             null = np.nan if few else float(_across(a_p * a_r, (a_p, a_r)[half - 1]))
             estimate |= {"seeds": totals.shape[2], "p": a_p.mean(), "q": a_r.mean(), "null": null}
             records.append({"task": task, "family": family, "of": of, "pair": f"outcome~{name}", **estimate})
