@@ -77,8 +77,7 @@ def best_of(rows: pd.DataFrame, arms: list[str], name: str) -> pd.DataFrame:
 
     Arms that lack one of the seeds of the others are no candidates.
     """
-    candidates = rows[rows.arm.isin(arms)]
-    candidates = candidates[candidates.groupby("arm").seed.transform("nunique") == candidates.seed.nunique()]
+    candidates = rows[rows.arm.isin(_whole(rows, arms))]
     fold = pd.factorize(candidates.problem_id, sort=True)[0] % FOLDS
     chosen = [candidates.iloc[:0]]
     for k, seed in itertools.product(np.unique(fold), candidates.seed.unique()):
@@ -101,9 +100,15 @@ def best_against(rows: pd.DataFrame, arms: list[str], others: list[str], resampl
 
 
 def mixtures(rows: pd.DataFrame, prefix: str) -> list[str]:
-    """The arms `<prefix><weight>` in ascending order of weight."""
-    arms = [arm for arm in rows.arm.unique() if arm.startswith(prefix)]
+    """The arms `<prefix><weight>` in ascending order of weight, without those that lack a seed of the others."""
+    arms = _whole(rows, [arm for arm in rows.arm.unique() if arm.startswith(prefix)])
     return sorted(arms, key=lambda arm: float(arm.removeprefix(prefix)))
+
+
+def _whole(rows: pd.DataFrame, arms: list[str]) -> list[str]:
+    """Those of some arms that have every seed that any of them has."""
+    seeds = rows[rows.arm.isin(arms)].groupby("arm").seed.unique().map(set)
+    return [arm for arm in arms if arm in seeds.index and seeds[arm] == set().union(*seeds)]
 
 
 # ---- supervised fine-tuning ------------------------------------------------------------------------------------------
@@ -234,9 +239,9 @@ def c10(rl_rows: pd.DataFrame, screening: pd.DataFrame, resamples: int) -> Itera
 
     Spearman's ρ. What is random here are the surrogates, as draws of what one might have tried: n counts them, and the
     interval is over them (Fisher's z with the standard error of Bonett and Wright, Psychometrika 65, 2000). With fewer
-    than five, any order may come by chance, and it is nan.
+    than five, any order may come by chance, and it is nan. Surrogates that lack a seed of the others are left out.
     """
-    trained = [arm for arm in (*CANDIDATES, CONTROL) if arm in set(rl_rows.arm)]
+    trained = _whole(rl_rows, [*CANDIDATES, CONTROL])
     gained = {arm: paired_difference(rl_rows, arm, "outcome", "a", 2) for arm in trained}  # no interval is used
     gains = pd.Series({arm: gain.estimate for arm, gain in gained.items()}, dtype=float)
     for claim, scope in (("C10", "pooled"), ("C10 within groups", "within_group")):

@@ -116,7 +116,7 @@ def _bars(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
         ax.set_yticks(range(len(arms)), [display(arm) for arm in arms])
         ax.axvline(0, color="black", lw=1)
         ax.set(title=TASKS.get(task, task), xlabel=xlabel, ylim=(len(arms) - 0.5, -0.5))
-    fig.suptitle(f"{title} ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
+    fig.suptitle(sized(title, table))
     fig.legend(*ax.get_legend_handles_labels(), ncols=3, frameon=False, loc="outside lower center")
     return fig
 
@@ -143,7 +143,7 @@ def gain_by_reading(table: pd.DataFrame, baseline: str) -> Figure:
         ax.set_ylim(len(readings) - 0.5, -0.5)
     (arm,) = table.arm.unique()
     over = f"{display(arm)} over {display(baseline)}, end to end"
-    fig.suptitle(f"{over} ({counted(table.n.max(), 'problem')}, {counted(table.seeds.max(), 'seed')})")
+    fig.suptitle(sized(over, table))
     return fig
 
 
@@ -368,6 +368,13 @@ def panels(rows: list[str], columns: list[str], width: float, height: float, **s
 def tasks_of(table: pd.DataFrame) -> list[str]:
     """The tasks of a table in the order they are drawn."""
     return sorted(table.task.unique(), reverse=True)  # Sudoku, then Graph Coloring
+
+
+def sized(title: str, table: pd.DataFrame) -> str:
+    """A title with the problems and seeds that a table rests on; of seeds, how many its arms have."""
+    fewest, most = table.seeds[table.seeds > 0].min(), table.seeds.max()
+    seeds = f"{fewest} to " * (fewest < most) + counted(most, "seed")
+    return f"{title} ({counted(table.n.max(), 'problem')}, {seeds})"
 
 
 def counted(number: float, noun: str) -> str:

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -91,23 +91,33 @@ def runs_dir(root: Path) -> Path:
     return Path(os.environ.get("ASYM_RUNS", root / "runs"))
 
 
-def joined(own: "pd.DataFrame", studies: Iterable[str], name: str) -> "pd.DataFrame":
-    """A table of this study, followed by what other studies have stored as results/<study>/<name> of further arms.
+def joined(own: Sequence["pd.DataFrame"], studies: Iterable[str], name: str) -> "pd.DataFrame":
+    """Tables of this study in one, followed by what others have stored as results/<study>/<name> of further arms.
 
     An arm is known by its task, family, name and seed and, where there are doses, by axis and level, as far as the
     table has these columns. Of an arm that several studies have, only the first's lines are kept.
     """
     import pandas as pd
 
-    keys = [key for key in ("task", "family", "arm", "seed", "axis", "level") if key in own]
+    tables = list(own)
     for study in studies:
         path = repo_root() / "results" / study / name
         if not path.exists():
             raise ParamsError(f"join: {study!r}: has no {name} to join; run it again with this version")
         stored = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-        known = pd.MultiIndex.from_frame(own[keys].drop_duplicates())
-        own = pd.concat([own, stored[~pd.MultiIndex.from_frame(stored[keys]).isin(known)]], ignore_index=True)
-    return own
+        keys = [key for key in ("task", "family", "arm", "seed", "axis", "level") if key in stored]
+        for table in tables:
+            known = pd.MultiIndex.from_frame(table[keys].drop_duplicates())
+            stored = stored[~pd.MultiIndex.from_frame(stored[keys]).isin(known)]
+        tables.append(stored)
+    return pd.concat(tables, ignore_index=True)
+
+
+def unstored(arms: Iterable[tuple[str, str, int]], studies: Sequence[str], name: str) -> list[tuple[str, str, int]]:
+    """Those of some arms (task, arm, seed) of which no study has lines stored as results/<study>/<name>."""
+    stored = joined([], studies, name)[["task", "arm", "seed"]] if studies else None
+    known = set() if stored is None else set(stored.itertuples(index=False, name=None))
+    return [arm for arm in arms if arm not in known]
 
 
 @dataclass(frozen=True)

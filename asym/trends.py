@@ -25,11 +25,6 @@ def points(ax: Axes, table: pd.DataFrame, x, style: str, color, **options) -> No
     ax.errorbar(x, table.estimate, error, fmt=style, color=color, capsize=3, **options)
 
 
-def sized(title: str, table: pd.DataFrame) -> str:
-    """A title with the problems and seeds that a table rests on."""
-    return f"{title} ({figures.counted(table.n.max(), 'problem')}, {figures.counted(table.seeds.max(), 'seed')})"
-
-
 def dose_response(table: pd.DataFrame) -> Figure:
     """a_p and a_r (points) at every dose, token-averaged solid and NGDiff dashed: a row per task, a column per axis.
 
@@ -44,7 +39,7 @@ def dose_response(table: pd.DataFrame) -> Figure:
     fig, axes = _doses(table, lines, "accuracy (points)")
     for ax in axes:
         ax.set_ylim(0, 105)
-    fig.suptitle(sized("Dose and response", table))
+    fig.suptitle(figures.sized("Dose and response", table))
     keys = [Line2D([], [], color=figures.BARS[m][1], lw=4, label=figures.BARS[m][0]) for m in ("a_p", "a_r")]
     keys += [Line2D([], [], color="black", marker="o", label=figures.display("token_averaged"))]
     keys += [Line2D([], [], color="black", marker="D", ls="--", label=figures.display("ngdiff"))]
@@ -65,7 +60,7 @@ def dose_gains(table: pd.DataFrame) -> Figure:
     fig, axes = _doses(table, lines, "points")
     for ax in axes:
         ax.axhline(0, color="black", lw=1)
-    fig.suptitle(sized("What imbalance costs, and what balance gains", table))
+    fig.suptitle(figures.sized("What imbalance costs, and what balance gains", table))
     keys = [Line2D([], [], color=c, marker=s[0], ls=s[1:], label=label) for label, s, c in RESPONSES.values()]
     fig.legend(handles=keys, frameon=False, loc="outside lower center")
     return fig
@@ -138,7 +133,7 @@ def share_predicts_lag(table: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
         ax.axhline(0, color=figures.QUIET, lw=1)
         ax.set_xlabel(f"share of {shares[share]} (%)" if task == figures.tasks_of(table)[-1] else "")
         ax.set_ylabel("lag in a_p (points)" if share == "token_share" else "")
-    fig.suptitle(sized("Does a smaller share mean a larger lag?", table))
+    fig.suptitle(figures.sized("Does a smaller share mean a larger lag?", table))
     fig.legend(*ax.get_legend_handles_labels(), ncols=4, frameon=False, loc="outside lower center")
     return fig
 
@@ -187,7 +182,7 @@ def frontier(table: pd.DataFrame, weights: pd.Series) -> Figure:
     keys = [Line2D([], [], color=color, marker="o", label=label) for label, color in figures.BARS.values()]
     keys += [Line2D([], [], color="black", marker="D", mfc="none", mew=2, ls="", label="sets λ itself (mean)")]
     fig.legend(handles=keys, ncols=4, frameon=False, loc="outside lower center")
-    fig.suptitle(sized("What the weight buys", table))
+    fig.suptitle(figures.sized("What the weight buys", table))
     return fig
 
 
@@ -215,7 +210,7 @@ def alpha_frontier(table: pd.DataFrame) -> Figure:
             keys += [Line2D([], [], color="black", marker="o", label="exact a_p paid")]
         keys += [Line2D([], [], color="black", marker="D", ls="--", label="graded a_p paid")]
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
-    fig.suptitle(sized("What α buys", table))
+    fig.suptitle(figures.sized("What α buys", table))
     return fig
 
 

@@ -9,7 +9,17 @@ from filelock import Timeout
 
 from asym import runs
 from asym.params import ParamsError
-from asym.runs import Run, joined, progress, read_manifest, results_dir, write_csv, write_parquet, write_text
+from asym.runs import (
+    Run,
+    joined,
+    progress,
+    read_manifest,
+    results_dir,
+    unstored,
+    write_csv,
+    write_parquet,
+    write_text,
+)
 
 
 def test_importing_runs_does_not_import_torch():
@@ -187,11 +197,16 @@ def test_arms_that_other_studies_have_stored_join_and_of_one_arm_the_first_count
     for study, seeds in (("second", (0, 1)), ("third", (1, 2))):
         rows = pd.DataFrame([arm | {"seed": seed, "a": seed + 5.0} for seed in seeds for _ in range(2)])
         write_parquet(tmp_path / "results" / study / "rows" / "sft.parquet", rows)
-    found = joined(own, ["second", "third"], "rows/sft.parquet")
+    found = joined([own], ["second", "third"], "rows/sft.parquet")
     assert found.groupby("seed").a.apply(list).to_dict() == {0: [0.0, 1.0], 1: [6.0, 6.0], 2: [7.0, 7.0]}
-    assert list(joined(own, [], "rows/sft.parquet").a) == [0.0, 1.0]
+    assert list(joined([own], [], "rows/sft.parquet").a) == [0.0, 1.0]
+    assert list(joined([], ["third"], "rows/sft.parquet").a) == [6.0, 6.0, 7.0, 7.0]
     dosed = own.assign(axis="length", level=[0.0, 1.0])
     write_csv(tmp_path / "results" / "second" / "tables" / "dose.csv", dosed.assign(level=[1.0, 3.0], a=[8.0, 9.0]))
-    assert list(joined(dosed, ["second"], "tables/dose.csv").a) == [0.0, 1.0, 9.0]
+    assert list(joined([dosed], ["second"], "tables/dose.csv").a) == [0.0, 1.0, 9.0]
+    arms = [("sudoku", "ngdiff", seed) for seed in range(4)]
+    assert unstored(arms, [], "rows/sft.parquet") == arms
+    assert unstored(arms, ["second"], "rows/sft.parquet") == arms[2:]
+    assert unstored(arms, ["second", "third"], "rows/sft.parquet") == arms[3:]
     with pytest.raises(ParamsError, match=r"join: 'nowhere': has no rows/sft.parquet to join"):
-        joined(own, ["nowhere"], "rows/sft.parquet")
+        joined([own], ["nowhere"], "rows/sft.parquet")
