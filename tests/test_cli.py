@@ -75,11 +75,12 @@ def test_score_of_graph_coloring(score):
     assert set(result) == {"a", "a_p", "a_p_graded", "a_own", "parse_failure"}
 
 
-def test_score_of_an_unknown_task(score, capsys):
-    assert main(["score", "--task", "chess"]) == 2
-    error = capsys.readouterr().err
-    assert "chess" in error
-    assert "sudoku, graph_coloring" in error
+@pytest.mark.parametrize("command", [["score"], ["screen", "--model", "x"]])
+def test_an_unknown_task_is_told(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*command, "--task", "chess"])
+    assert error.value.code == 2
+    assert "invalid choice: 'chess' (choose from 'sudoku', 'graph_coloring')" in capsys.readouterr().err
 
 
 def test_score_starts_without_torch():
