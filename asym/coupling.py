@@ -74,7 +74,7 @@ def checkpoint_coupling(rows: pd.DataFrame, alone: str = "token_averaged") -> pd
     (the checkpoints stay) and by the jackknife: accuracies of a resample are noisier than those of the data, and so
     their r lies to one side. `null` is the correlation that a would have if it were a_p · a_r at every checkpoint.
     Columns: task, family, of (all arms, or `alone`), pair, r, low, high, n (problems), checkpoints, p and q (mean
-    a_p and a_r, 0..1), null; r is nan with fewer than `FEW` checkpoints.
+    a_p and a_r, 0..1), null; r is nan with fewer than `FEW` checkpoints, its interval also where r is 1.
     """
     records = []
     kinds = {"all arms": rows, alone: rows[rows.arm == alone]}

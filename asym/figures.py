@@ -373,7 +373,7 @@ def tasks_of(table: pd.DataFrame) -> list[str]:
 def sized(title: str, table: pd.DataFrame) -> str:
     """A title with the problems and seeds that a table rests on; of seeds, how many its arms have."""
     fewest, most = table.seeds[table.seeds > 0].min(), table.seeds.max()
-    seeds = f"{fewest} to " * bool(fewest < most) + counted(most, "seed")
+    seeds = f"{fewest:.0f} to " * bool(fewest < most) + counted(most, "seed")
     return f"{title} ({counted(table.n.max(), 'problem')}, {seeds})"
 
 

@@ -273,9 +273,8 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
     policy = Policy(model, processor, p.max_new_tokens, p.eval_batch)
     asked = [reward for reward in SELF_REWARDS if reward.__name__ in weights]  # another pass: only for who is paid
     rewards, passes = [*REWARDS, *asked], own_passes(p)
-    rollouts = share(p.rl_prompts * p.rl_group, passes)
-    if rollouts * passes % p.rl_group:  # rewards would not see all that they compare
-        raise ParamsError(f"rl_prompts = {p.rl_prompts}: must be a multiple of the processes that share its groups")
+    if p.rl_prompts % (processes := PartialState().num_processes):  # rewards compare the rollouts of a group
+        raise ParamsError(f"rl_prompts = {p.rl_prompts}: must be a multiple of the {processes} processes")
     if p.rl_beta and not p.lora_rank and (start.checkpoint / "adapter_config.json").exists():  # TRL takes its base
         raise ParamsError(
             f"rl_beta = {p.rl_beta}: must be 0 or come with lora_rank where RL starts from an adapter, whose folder is "
@@ -285,7 +284,7 @@ def _train(p: Params, start: Run, run: Run, snapshots: dict[int, Run]) -> None:
         output_dir=str(run.folder / "trainer"),
         max_steps=p.rl_steps,
         learning_rate=p.rl_lr,
-        per_device_train_batch_size=rollouts,
+        per_device_train_batch_size=share(p.rl_prompts * p.rl_group, passes),
         gradient_accumulation_steps=passes,  # all of them from one generation: a step stays on-policy
         num_generations=p.rl_group,
         max_completion_length=p.max_new_tokens,

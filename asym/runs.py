@@ -95,7 +95,8 @@ def joined(own: Sequence["pd.DataFrame"], studies: Iterable[str], name: str) -> 
     """Tables of this study in one, followed by what others have stored as results/<study>/<name> of further arms.
 
     An arm is known by its task, family, name and seed and, where there are doses, by axis and level, as far as the
-    table has these columns. Of an arm that several studies have, only the first's lines are kept.
+    table has these columns. Of an arm that several studies have, only the first's lines are kept. There must be an own
+    table or a study.
     """
     import pandas as pd
 

@@ -92,7 +92,7 @@ def jackknife(totals: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray])
     with np.errstate(divide="ignore", invalid="ignore"):
         estimate = float(np.round(statistic(own.sum(0)), 6))
         without = statistic(own.sum(0) - own)
-    if problems < 2 or np.isnan(estimate) or np.isnan(without).any():
+    if problems < 2 or np.isnan(estimate) or not np.isfinite(without).all():
         return Estimate(estimate, np.nan, np.nan, problems, seeds)
     error = 1.96 * np.sqrt((problems - 1) * np.var(without))
     return Estimate(estimate, *(float(np.round(estimate + side * error, 6)) for side in (-1, 1)), problems, seeds)

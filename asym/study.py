@@ -29,7 +29,8 @@ from asym.runs import Run, devices, manifest, read_manifest, repo_root, results_
 # What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
 FREE = {"study", "seeds", "tasks", "workers", "join", "lambdas", "balances", "curve_every", "long_steps"}
 FREE |= {"dose_verbosity", "dose_variation", "dose_difficulty", "rl_curve_every", "alphas", "graded_alphas"}
-FREE |= {"surrogates", "credits", "n_gradient", "bootstrap"}
+FREE |= {"surrogates", "credits", "n_gradient", "bootstrap", "eval_batch"}
+MACHINE = {"workers", "eval_batch"}  # how this machine works it out: what is finished is kept if they change
 RECENT = 64  # lines of progress that tell what is under way: every worker writes one a second
 
 
@@ -63,6 +64,7 @@ def run_study(
     # A parameter that is newer than those results was at its default when they were made
     made = Params().model_dump() | before.get("params", {})
     other = [key for key, value in params.model_dump().items() if "params" in before and made[key] != value]
+    other = [key for key in other if key not in MACHINE]
     if other and params.study not in params.join:
         raise ParamsError(
             f"{results}: study = {params.study!r}: holds results of other parameters ({', '.join(other)}): choose "
@@ -140,8 +142,9 @@ def room_for(name: str, message: str) -> str:
     if name not in ("OutOfMemoryError", "MemoryError") and not any(words in message.lower() for words in told):
         return ""
     return (
-        "too little memory: lower eval_batch, sft_batch (and raise sft_accumulation) or workers, raise "
-        "rl_accumulation, or set activation_checkpointing or lora_rank; `python -m asym plan` says what takes how much"
+        "too little memory: lower eval_batch or workers; or, as a study of another name, lower sft_batch (and raise "
+        "sft_accumulation), raise rl_accumulation, or set activation_checkpointing or lora_rank; `python -m asym plan` "
+        "says what takes how much"
     )
 
 

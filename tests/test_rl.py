@@ -291,8 +291,9 @@ def test_what_an_arm_cannot_be_trained_with_is_told(tiny, bases, start, root, mo
     with pytest.raises(ParamsError, match=r"rl_beta = 0\.1: must be 0 or come with lora_rank where RL starts from an"):
         train_arm(tiny(max_new_tokens=12, rl_beta=0.1), adapter, "sudoku", "outcome", 0)
     several = SimpleNamespace(num_processes=4, wait_for_everyone=lambda: None)
-    monkeypatch.setattr(training, "PartialState", lambda: several)
-    with pytest.raises(ParamsError, match="rl_prompts = 2: must be a multiple of the processes that share its groups"):
+    for room in (rl, training):
+        monkeypatch.setattr(room, "PartialState", lambda: several)
+    with pytest.raises(ParamsError, match="rl_prompts = 2: must be a multiple of the 4 processes"):
         train_arm(p, start, "sudoku", "outcome", 1)
 
 

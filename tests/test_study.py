@@ -66,6 +66,8 @@ def test_a_study_fails_resumes_and_completes(repo):
             run_study(params, only, {"n_test": "6"}, root=repo)
     assert (results / "notebooks" / "01_first.ipynb").read_text() == text
     assert (repo / "log").read_text() == "12121"
+    run_study(params, ["01"], {"workers": "3", "eval_batch": "8"}, root=repo)  # a matter of the machine
+    assert (repo / "log").read_text() == "121211"
 
 
 def test_a_part_of_a_study_can_be_run_first(repo):
