@@ -206,7 +206,7 @@ def _curves(
 
     A row per arm and a column per task; of many arms, for each task rows of `ACROSS`.
     """
-    arms, tasks, seeds = ordered(metrics.arm), tasks_of(metrics), metrics.seed.nunique()
+    arms, tasks, seeds = ordered(metrics.arm), tasks_of(metrics), metrics.groupby("arm").seed.nunique()
     many = len(arms) >= ACROSS
     fig, axes = _wrapped(arms, tasks) if many else panels(arms, tasks, 6, 3.4, sharex=True, sharey=True)
     ends = {}
@@ -220,8 +220,8 @@ def _curves(
         ax.set_title(f"{TASKS.get(task, task)}, {display(arm)}" if not many else display(arm))
         if limits:  # None would keep the limits of the panel drawn first
             ax.set_ylim(limits)
-    bands = "; bands: lowest to highest" * (seeds > 1)
-    fig.suptitle(f"{title} ({counted(seeds, 'seed')}{bands})")
+    bands = "; bands: lowest to highest" * bool(seeds.max() > 1)
+    fig.suptitle(f"{title} ({seeded(seeds)}{bands})")
     fig.supylabel(ylabel)
     if not many:
         fig.supxlabel("step")
@@ -371,10 +371,14 @@ def tasks_of(table: pd.DataFrame) -> list[str]:
 
 
 def sized(title: str, table: pd.DataFrame) -> str:
-    """A title with the problems and seeds that a table rests on; of seeds, how many its arms have."""
-    fewest, most = table.seeds[table.seeds > 0].min(), table.seeds.max()
-    seeds = f"{fewest:.0f} to " * bool(fewest < most) + counted(most, "seed")
-    return f"{title} ({counted(table.n.max(), 'problem')}, {seeds})"
+    """A title with the problems and seeds that a table rests on."""
+    return f"{title} ({counted(table.n.max(), 'problem')}, {seeded(table.seeds)})"
+
+
+def seeded(seeds: pd.Series) -> str:
+    """How many seeds there are, "1 to 3 seeds" where arms differ; what was not run has none and does not count."""
+    fewest, most = seeds[seeds > 0].min(), seeds.max()
+    return f"{fewest:.0f} to " * bool(fewest < most) + counted(most, "seed")
 
 
 def counted(number: float, noun: str) -> str:

@@ -66,6 +66,6 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
     for task in tasks:
         axes[next(iter(units)), task].set_title(figures.TASKS.get(task, task))
     keys = [Line2D([], [], color=color, marker=mark, lw=3, label=word) for word, (mark, color) in VERDICTS.items()]
-    fig.suptitle(f"Claims and verdicts ({figures.counted(claims.seeds.max(), 'seed')})")
+    fig.suptitle(f"Claims and verdicts ({figures.seeded(claims.seeds)})")
     fig.legend(handles=keys, ncols=3, frameon=False, loc="outside lower center")
     return fig

@@ -85,6 +85,11 @@ def test_gain_bars_show_paired_gains():
     assert lengths == pytest.approx(list(expected[["token_averaged", "lambda_0.5", "ngdiff"]]))
 
 
+def test_a_title_tells_where_arms_have_unlike_numbers_of_seeds():
+    assert figures.seeded(pd.Series([2, 2])) == "2 seeds"
+    assert figures.seeded(pd.Series([3.0, 1.0, 0.0])) == "1 to 3 seeds"
+
+
 def test_eight_arms_are_drawn_in_order():
     arms = ["outcome", "alpha_1", "alpha_0.25", "start", "validity", "solver_blindfold", "group_agreement", "new_arm"]
     assert figures.ordered(arms) == [
