@@ -26,11 +26,11 @@ from asym.params import Params, ParamsError
 from asym.readme import write_readmes
 from asym.runs import Run, devices, manifest, read_manifest, repo_root, results_dir, write_json, write_text
 
-# What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
-FREE = {"study", "seeds", "tasks", "workers", "join", "lambdas", "balances", "curve_every", "long_steps"}
-FREE |= {"dose_verbosity", "dose_variation", "dose_difficulty", "rl_curve_every", "alphas", "graded_alphas"}
-FREE |= {"surrogates", "credits", "n_gradient", "bootstrap", "eval_batch"}
 MACHINE = {"workers", "eval_batch"}  # how this machine works it out: what is finished is kept if they change
+# What studies that are joined may differ in: which arms they have and what is drawn of them, not how an arm is made
+FREE = MACHINE | {"study", "seeds", "tasks", "join", "lambdas", "balances", "curve_every", "long_steps"}
+FREE |= {"dose_verbosity", "dose_variation", "dose_difficulty", "rl_curve_every", "alphas", "graded_alphas"}
+FREE |= {"surrogates", "credits", "n_gradient", "bootstrap"}
 RECENT = 64  # lines of progress that tell what is under way: every worker writes one a second
 
 
@@ -63,9 +63,8 @@ def run_study(
     before = read_manifest(results)
     # A parameter that is newer than those results was at its default when they were made
     made = Params().model_dump() | before.get("params", {})
-    other = [key for key, value in params.model_dump().items() if "params" in before and made[key] != value]
-    other = [key for key in other if key not in MACHINE]
-    if other and params.study not in params.join:
+    other = [key for key, value in params.model_dump().items() if made[key] != value and key not in MACHINE]
+    if "params" in before and other and params.study not in params.join:
         raise ParamsError(
             f"{results}: study = {params.study!r}: holds results of other parameters ({', '.join(other)}): choose "
             f"another name, delete the folder, or set join = [{params.study}] to add arms to those it has"
